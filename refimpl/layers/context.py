@@ -1,0 +1,141 @@
+"""What a layer may know, and the names of what it saves.
+
+A layer is `forward(c, x, ...) -> (y, Saved)` and `backward(c, dy, saved, grads) -> dx`.  `Context` is all that
+it may ask for.  Its `Saved` is a frozen dataclass: `tensor("gate.scores")` marks a field as a named tensor,
+`child("self_attn")` one that holds the Saved of a submodule, and `tensors` walks both, which is how results,
+golden cases and reports read intermediate values.  There are no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Protocol
+
+from refimpl.config.choices import Choices
+from refimpl.config.model import ModelConfig
+from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
+
+
+@dataclass(frozen=True)
+class Op:
+    """A replaceable operation: its forward and its backward."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations that a model is built from.  A variant of the model is `replace(ops, gate=...)`."""
+
+    embedding: Op
+    linear: Op
+    norm: Op
+    rope: Op
+    attention: Op
+    mla: Op
+    mlp: Op
+    gate: Op
+    experts: Op
+    moe: Op
+    block: Op
+    head: Op
+    loss: Op
+
+
+class Parameters(Protocol):
+    """The model's weights, ready for its arithmetic."""
+
+    def array(self, name: str) -> Array: ...
+    def weight(self, name: str) -> Weight: ...
+
+
+class Cotangents:
+    """Gradients given by the caller for named tensors; each is added where that tensor's gradient is formed."""
+
+    def __init__(self, given: Mapping[str, Array]) -> None:
+        self._given = dict(given)
+        self.taken: set[str] = set()
+
+    def join(self, name: str, dy: Array) -> Array:
+        """dy plus the given gradient of the tensor, if there is one."""
+        if name not in self._given:
+            return dy
+        self.taken.add(name)
+        return dy + self._given[name].reshape(dy.shape)
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a layer may ask for."""
+
+    ar: Arithmetic
+    ops: Ops
+    parameters: Parameters
+    config: ModelConfig
+    choices: Choices
+    path: str = ""  # checkpoint path of the module, "model.layers.3.self_attn"
+    microbatch: int = 0
+    probing: bool = True  # whether tensors that only a trace reads are saved
+    cotangents: Cotangents = field(default_factory=lambda: Cotangents({}))
+
+    def at(self, *names: str) -> Context:
+        """The context of a submodule."""
+        return replace(self, path=".".join([self.path, *names] if self.path else names))
+
+    @property
+    def leaf(self) -> str:
+        """The last component of the path: the projection's or module's own name."""
+        return self.path.rpartition(".")[2]
+
+    def name(self, leaf: str) -> str:
+        """The checkpoint name of a tensor of this module."""
+        return f"{self.path}.{leaf}"
+
+    def array(self, leaf: str) -> Array:
+        """A weight as a plain array."""
+        return self.parameters.array(self.name(leaf))
+
+    def weight(self, leaf: str) -> Weight:
+        """A weight prepared for linears."""
+        return self.parameters.weight(self.name(leaf))
+
+    def probe(self, x: Array) -> Array | None:
+        """x, if somebody wants to see it."""
+        return x if self.probing else None
+
+    def joined(self, dy: Array, leaf: str = "") -> Array:
+        """dy plus the caller's gradient of this module's output, or of the tensor `leaf` inside of it."""
+        return self.cotangents.join(self.name(leaf) if leaf else self.path, dy)
+
+
+def tensor(name: str, per_token: bool = True) -> Any:
+    """A field that holds a named tensor ("" is the module's output), with tokens T as its first axis or not."""
+    return field(metadata={"tensor": name, "per_token": per_token})
+
+
+def child(path: str) -> Any:
+    """A field that holds the Saved of a submodule."""
+    return field(metadata={"child": path})
+
+
+def tensors(saved: Any, path: str) -> Iterator[tuple[str, Array, bool]]:
+    """(name, array, whether tokens are its first axis) for everything named in a Saved, in its fields' order."""
+    for entry in fields(saved):
+        value = getattr(saved, entry.name)
+        if value is None:
+            continue
+        if "child" in entry.metadata:
+            yield from tensors(value, _join(path, entry.metadata["child"]))
+        elif "tensor" in entry.metadata:
+            array = value.value() if callable(getattr(value, "value", None)) else getattr(value, "value", value)
+            yield _join(path, entry.metadata["tensor"]), array, _per_token(entry)
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)
+
+
+def _per_token(entry: Field[Any]) -> bool:
+    return bool(entry.metadata["per_token"])

@@ -1,0 +1,90 @@
+"""The routed experts: gather, compute, combine.  SPEC MOE-1 to MOE-4.
+
+y[t] = sum_k weight[t, k] E_{idx[t, k]}(x[t]).  Each expert computes all its tokens at once and writes to its
+slots (T, K, D), so the result depends neither on the order of experts nor on where they run.
+Backward: dweight[t, k] = <dy[t], E_{idx[t, k]}(x[t])>;  expert k receives weight[t, k] dy[t].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.layers import mlp
+from refimpl.layers.context import Context, tensor
+from refimpl.numerics.arithmetic import Array, Kept, Operand
+from refimpl.numerics.gradients import Gradients
+
+
+@dataclass(frozen=True)
+class Group:
+    """One expert's work: its number, its tokens, and its places in the (T * K) slots."""
+
+    expert: int
+    tokens: Array  # (n,)
+    slots: Array  # (n,)
+
+
+@dataclass(frozen=True)
+class Saved:
+    groups: list[Group]
+    experts: list[mlp.Saved]  # in the order of `groups`
+    weight: Array  # (T, K)
+    slots: Kept = tensor("slots")  # (T, K, D)  each expert's output, before its weight
+    out: Array | None = tensor("")  # (T, D)
+
+
+def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, Saved]:
+    """x (T, D), idx (T, K) int, weight (T, K)  ->  (T, D)."""
+    ar, groups = c.ar, group_tokens(idx)
+    tokens, chosen = idx.shape
+
+    def run(group: Group) -> tuple[Array, mlp.Saved]:
+        out: tuple[Array, mlp.Saved] = c.ops.mlp.forward(_expert(c, group), x.rows(group.tokens))
+        return out
+
+    done = ar.each(run, groups)
+    slots = _spread([y for y, _ in done], groups, tokens * chosen).reshape(tokens, chosen, -1)  # (T, K, D)
+    y = ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]  # (T, D)  summed over K
+    y = ar.at("experts.out", y)
+    return y, Saved(groups, [s for _, s in done], weight, ar.keep("experts.slots", slots), c.probe(y))
+
+
+def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Array, Array]:
+    """dy (T, D)  ->  dx (T, D), dweight (T, K)."""
+    ar, slots = c.ar, saved.slots.value()  # (T, K, D)
+    tokens, chosen, width = slots.shape
+    dy = c.joined(dy)
+    dweight = ar.matmul(dy[:, None, :], slots)[:, 0]  # (T, K)
+    flat = saved.weight.reshape(-1)  # (T K,)
+
+    def run(work: tuple[Group, mlp.Saved]) -> tuple[Array, Gradients]:
+        group, expert = work
+        own = grads.branch()
+        dout = ar.at("d.experts.slots", flat[group.slots][:, None] * dy[group.tokens])  # (n, D)
+        return c.ops.mlp.backward(_expert(c, group), dout, expert, own), own
+
+    done = ar.each(run, zip(saved.groups, saved.experts, strict=True))
+    for _, own in done:
+        grads.merge(own)
+    dslots = _spread([dx for dx, _ in done], saved.groups, tokens * chosen).reshape(tokens, chosen, width)
+    return ar.at("d.experts.in", ar.sum(dslots, 1)), dweight  # (T, D), (T, K)
+
+
+def group_tokens(idx: Array) -> list[Group]:
+    """idx (T, K)  ->  the experts that have tokens, by number, each with its tokens in their order."""
+    flat = idx.reshape(-1)
+    order = np.argsort(flat, kind="stable")  # (T K,)
+    experts, starts = np.unique(flat[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return [Group(int(e), part // idx.shape[1], part) for e, part in zip(experts, parts, strict=True)]
+
+
+def _expert(c: Context, group: Group) -> Context:
+    return c.at(str(group.expert))
+
+
+def _spread(parts: list[Array], groups: list[Group], n: int) -> Array:
+    """The rows of each group to their slots: (n, D)."""
+    back = np.empty(n, np.intp)
+    back[np.concatenate([g.slots for g in groups])] = np.arange(n)
+    return np.concatenate(parts)[back]

@@ -1,0 +1,33 @@
+"""The final norm and the output head.  SPEC HEAD-1.
+
+logits = lm_head norm(x)
+"""
+
+from dataclasses import dataclass
+
+from refimpl.layers import linear, norm
+from refimpl.layers.context import Context, child, tensor
+from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.gradients import Gradients
+
+
+@dataclass(frozen=True)
+class Saved:
+    norm: norm.Saved = child("model.norm")
+    lm_head: linear.Saved = child("lm_head")
+    logits: Array = tensor("logits")  # (T, V)
+
+
+def forward(c: Context, x: Array) -> tuple[Array, Saved]:
+    """x (T, D)  ->  logits (T, V)."""
+    ar, ops = c.ar, c.ops
+    normed, norm_saved = ops.norm.forward(c.at("model", "norm"), x, c.config.rms_norm_eps)
+    logits, head_saved = ops.linear.forward(c.at("lm_head"), ar.operand("lm_head.in", normed))
+    return logits, Saved(norm_saved, head_saved, logits)
+
+
+def backward(c: Context, dlogits: Array, saved: Saved, grads: Gradients) -> Array:
+    """dlogits (T, V)  ->  dx (T, D)."""
+    dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), saved.lm_head, grads)
+    dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.norm, grads)
+    return dx

@@ -1,0 +1,27 @@
+"""The operations of DeepSeek-V3, as one record."""
+
+from types import ModuleType
+
+from refimpl.layers import attention, block, embedding, experts, gate, head, linear, loss, mla, mlp, moe, norm, rope
+from refimpl.layers.context import Op, Ops
+
+
+def _op(module: ModuleType) -> Op:
+    return Op(module.forward, module.backward)
+
+
+DEEPSEEK_V3 = Ops(
+    embedding=_op(embedding),
+    linear=_op(linear),
+    norm=_op(norm),
+    rope=_op(rope),
+    attention=_op(attention),
+    mla=_op(mla),
+    mlp=_op(mlp),
+    gate=_op(gate),
+    experts=_op(experts),
+    moe=_op(moe),
+    block=_op(block),
+    head=_op(head),
+    loss=_op(loss),
+)

@@ -1,0 +1,310 @@
+"""What it means to compute: the arithmetics.  SPEC EXACT-1 to EXACT-5.
+
+Layers are written once, against the `Arithmetic` protocol; what an operation rounds, and where, is decided
+here.  Between two sites a layer uses `+ - * /` and indexing on the arrays that the arithmetic hands out, and
+whatever contracts, sums or is transcendental goes through the methods below.
+
+    Exact      every contraction and every elementary function is correctly rounded to float64
+    Floating   float64 or float32 on BLAS and NumPy, fast, with the bits of the platform
+
+A `Recipe` (recipe.py) is `Exact` with roundings at sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from refimpl.errors import Invalid
+from refimpl.numerics import contraction, functions, threads
+
+Array = npt.NDArray[Any]
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+
+class Kept(Protocol):
+    """A value saved for the backward pass, in whatever form the recipe keeps it."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def value(self) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Kept as it is."""
+
+    array: Array
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def value(self) -> Array:
+        return self.array
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The input of linears, (T, K): prepared once, read by Fprop now and by Wgrad later."""
+
+    value: Array
+
+    @cached_property
+    def prepared(self) -> contraction.Prepared:
+        """Sliced along K, for exact contractions with weights."""
+        return contraction.prepare(self.value)
+
+    def rows(self, index: Array) -> Operand:
+        """The rows of some tokens, (n, K)."""
+        return Operand(self.value[index])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of a linear, (N, K): prepared once for each side it is contracted on."""
+
+    value: Array
+
+    @cached_property
+    def for_fprop(self) -> contraction.Prepared:
+        return contraction.prepare(self.value)
+
+    @cached_property
+    def for_dgrad(self) -> contraction.Prepared:
+        return contraction.prepare(self.value.T)
+
+
+class Arithmetic(Protocol):
+    """All that a layer may ask of numbers.  T tokens, K contracted width, M and N any."""
+
+    name: str
+    order_free: bool  # whether contractions are exact, so that any split and order gives the same bits
+
+    def array(self, x: npt.ArrayLike) -> Array:
+        """A constant, table or weight in the carrier's dtype."""
+
+    def decide(self, x: Array) -> Array:
+        """The plain real numbers on which a discrete decision (mask, top-k) is taken."""
+
+    def at(self, site: str, x: Array) -> Array:
+        """A value that crosses a boundary, rounded as the recipe says."""
+
+    def keep(self, site: str, x: Array) -> Kept: ...
+    def operand(self, site: str, x: Array) -> Operand: ...
+    def weight(self, w: Array) -> Weight: ...
+
+    def fprop(self, x: Operand, w: Weight) -> Array:
+        """x (T, K), w (N, K)  ->  x w^T (T, N)."""
+
+    def dgrad(self, dy: Operand, w: Weight) -> Array:
+        """dy (T, N), w (N, K)  ->  dy w (T, K)."""
+
+    def wgrad(self, dy: Operand, x: Operand) -> Array:
+        """dy (T, N), x (T, K)  ->  dy^T x (N, K), summed over tokens."""
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """a (..., M, K), b (..., N, K)  ->  a b^T (..., M, N): attention, gate and head."""
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Sum over the last axis of a * b."""
+
+    def sum(self, x: Array, axis: int = -1) -> Array: ...
+    def mean(self, x: Array, axis: int = -1) -> Array: ...
+    def max(self, x: Array, axis: int = -1) -> Array: ...
+    def exp(self, x: Array) -> Array: ...
+    def log(self, x: Array) -> Array: ...
+    def sqrt(self, x: Array) -> Array: ...
+    def sin(self, x: Array) -> Array: ...
+    def cos(self, x: Array) -> Array: ...
+    def sigmoid(self, x: Array) -> Array: ...
+
+    def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
+        """x (T, D), ids (T,)  ->  (n, D): sums of the rows that share an id."""
+
+    def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
+        """`[call(item) for item in items]`, on as many threads as pay off."""
+
+
+class Exact:
+    """Defined by mathematics: correctly rounded contractions and functions in float64.  SPEC EXACT-1."""
+
+    name = "exact"
+    order_free = True
+
+    def array(self, x: npt.ArrayLike) -> Array:
+        return np.asarray(x, np.float64)
+
+    def decide(self, x: Array) -> Array:
+        return x
+
+    def at(self, site: str, x: Array) -> Array:
+        return x
+
+    def keep(self, site: str, x: Array) -> Kept:
+        return Plain(x)
+
+    def operand(self, site: str, x: Array) -> Operand:
+        return Operand(self.at(site, x))
+
+    def weight(self, w: Array) -> Weight:
+        return Weight(self.array(w))
+
+    def fprop(self, x: Operand, w: Weight) -> Array:
+        return contraction.contract(x.prepared, w.for_fprop)
+
+    def dgrad(self, dy: Operand, w: Weight) -> Array:
+        return contraction.contract(dy.prepared, w.for_dgrad)
+
+    def wgrad(self, dy: Operand, x: Operand) -> Array:
+        return contraction.contract(dy.value.T, x.value.T)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return contraction.contract(a, b)
+
+    def dot(self, a: Array, b: Array) -> Array:
+        return contraction.dot(a, b)
+
+    def sum(self, x: Array, axis: int = -1) -> Array:
+        return contraction.sum_(x, axis)
+
+    def mean(self, x: Array, axis: int = -1) -> Array:
+        return contraction.mean(x, axis)
+
+    def max(self, x: Array, axis: int = -1) -> Array:
+        return x.max(axis)
+
+    def exp(self, x: Array) -> Array:
+        return functions.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return functions.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return np.sqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return functions.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return functions.cos(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + e) where x >= 0, else e / (1 + e), with e = exp(-|x|): no overflow, three roundings."""
+        e = self.exp(-np.abs(x))
+        return np.where(x >= 0, 1.0, e) / (1.0 + e)
+
+    def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
+        return contraction.segment_sum(x, ids, n)
+
+    def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
+        return [call(item) for item in items]
+
+
+class Floating:
+    """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-5."""
+
+    order_free = False
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.name = self.dtype.name
+
+    def array(self, x: npt.ArrayLike) -> Array:
+        return np.asarray(x, self.dtype)
+
+    def decide(self, x: Array) -> Array:
+        return x
+
+    def at(self, site: str, x: Array) -> Array:
+        return x
+
+    def keep(self, site: str, x: Array) -> Kept:
+        return Plain(x)
+
+    def operand(self, site: str, x: Array) -> Operand:
+        return Operand(x)
+
+    def weight(self, w: Array) -> Weight:
+        return Weight(self.array(w))
+
+    def fprop(self, x: Operand, w: Weight) -> Array:
+        return x.value @ w.value.T
+
+    def dgrad(self, dy: Operand, w: Weight) -> Array:
+        return dy.value @ w.value
+
+    def wgrad(self, dy: Operand, x: Operand) -> Array:
+        return dy.value.T @ x.value
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return a @ b.swapaxes(-1, -2)
+
+    def dot(self, a: Array, b: Array) -> Array:
+        return np.einsum("...k,...k->...", a, b)
+
+    def sum(self, x: Array, axis: int = -1) -> Array:
+        return np.asarray(x.sum(axis))
+
+    def mean(self, x: Array, axis: int = -1) -> Array:
+        return np.asarray(x.mean(axis))
+
+    def max(self, x: Array, axis: int = -1) -> Array:
+        return x.max(axis)
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return np.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return np.sqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return np.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return np.cos(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        return special.expit(x)
+
+    def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
+        total = np.zeros((n, *x.shape[1:]), x.dtype)
+        np.add.at(total, ids, x)
+        return total
+
+    def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
+        return threads.each(call, items)
+
+
+_PLAIN: dict[str, Callable[[], Arithmetic]] = {
+    "exact": Exact,
+    "float64": lambda: Floating(np.float64),
+    "float32": lambda: Floating(np.float32),
+}
+
+
+def arithmetic(precision: str | Arithmetic) -> Arithmetic:
+    """The arithmetic of a name: exact, float64, float32, or a recipe's; an arithmetic is handed back.
+
+    Raises: Invalid for an unknown name.
+    """
+    from refimpl.numerics.recipe import RECIPES, Rounded  # a recipe builds on Exact, so it stands above
+
+    if not isinstance(precision, str):
+        return precision
+    if precision in _PLAIN:
+        return _PLAIN[precision]()
+    if precision in RECIPES:
+        return Rounded(RECIPES[precision])
+    known = ", ".join([*_PLAIN, *RECIPES])
+    raise Invalid(f"precision is {precision!r} and has to be one of {known}.")

@@ -1,0 +1,141 @@
+"""Where gradients of weights are collected, now or later.  SPEC EXACT-6.
+
+Whatever sums over tokens arrives as operands.  In an order-free arithmetic the operands of all microbatches
+are joined and contracted once, when the gradient is read, so that neither the order of microbatches nor the
+split of the batch can change a bit.  In the other arithmetics each contribution is contracted by itself and
+the results are added in the order of the microbatches.
+
+Weight gradients of linears may wait (`deferred`): `run(n)` does the oldest n of them, first in, first out,
+which is the W of zero-bubble pipeline schedules.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.numerics.arithmetic import Arithmetic, Array, Operand
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """dy (T, N), x (T, K): the operands of one Wgrad."""
+
+    dy: Operand
+    x: Operand
+
+    def total(self, ar: Arithmetic) -> Array:
+        return ar.wgrad(self.dy, self.x)
+
+    @staticmethod
+    def join(parts: list[Weighted]) -> Weighted:
+        return Weighted(
+            Operand(np.concatenate([p.dy.value for p in parts])), Operand(np.concatenate([p.x.value for p in parts]))
+        )
+
+
+@dataclass(frozen=True)
+class Products:
+    """a (T, D), b (T, D): a gradient that is the sum over tokens of a * b, as for gains."""
+
+    a: Array
+    b: Array
+
+    def total(self, ar: Arithmetic) -> Array:
+        return ar.dot(self.a.T, self.b.T)
+
+    @staticmethod
+    def join(parts: list[Products]) -> Products:
+        return Products(np.concatenate([p.a for p in parts]), np.concatenate([p.b for p in parts]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """dy (T, D), ids (T,): a gradient whose row i is the sum of the dy with id i, as for embeddings."""
+
+    ids: Array
+    dy: Array
+    n: int
+
+    def total(self, ar: Arithmetic) -> Array:
+        return ar.segment_sum(self.dy, self.ids, self.n)
+
+    @staticmethod
+    def join(parts: list[Rows]) -> Rows:
+        ids, dy = np.concatenate([p.ids for p in parts]), np.concatenate([p.dy for p in parts])
+        return Rows(ids, dy, parts[0].n)
+
+
+Part = Weighted | Products | Rows
+
+
+class Gradients:
+    """Collects contributions by checkpoint name and microbatch; see the module's text."""
+
+    def __init__(self, ar: Arithmetic, deferred: bool = False) -> None:
+        self.ar = ar
+        self.deferred = deferred
+        self._parts: dict[str, list[tuple[int, Part | Array]]] = {}
+        self._waiting: deque[tuple[str, int, Weighted]] = deque()
+
+    def weight(self, name: str, microbatch: int, dy: Operand, x: Operand) -> None:
+        """A linear's weight: dy^T x over the tokens of a microbatch."""
+        self._waiting.append((name, microbatch, Weighted(dy, x)))
+        if not self.deferred:
+            self.run()
+
+    def product_sum(self, name: str, microbatch: int, a: Array, b: Array) -> None:
+        """A gain: the sum over tokens of a * b, both (T, D)."""
+        self._store(name, microbatch, Products(a, b))
+
+    def rows(self, name: str, microbatch: int, ids: Array, dy: Array, n: int) -> None:
+        """An embedding of n rows: dy (T, D) added to the rows ids (T,)."""
+        self._store(name, microbatch, Rows(ids, dy, n))
+
+    def run(self, n: int | None = None) -> int:
+        """Do the oldest n waiting weight gradients, all of them by default; returns how many were done."""
+        count = len(self._waiting) if n is None else min(n, len(self._waiting))
+        for _ in range(count):
+            self._store(*self._waiting.popleft())
+        return count
+
+    def branch(self) -> Gradients:
+        """An empty collector of the same kind, for one thread; `merge` takes it back."""
+        return Gradients(self.ar, self.deferred)
+
+    def merge(self, branch: Gradients) -> None:
+        """Take over what a branch collected."""
+        for name, parts in branch._parts.items():
+            self._parts.setdefault(name, []).extend(parts)
+        self._waiting.extend(branch._waiting)
+
+    def reduce(self) -> dict[str, Array]:
+        """Checkpoint name -> gradient, for every name that received a contribution."""
+        return dict(self.drain())
+
+    def drain(self) -> Iterator[tuple[str, Array]]:
+        """(name, gradient) one by one; what a gradient was made of is released once it is handed out."""
+        self.run()
+        for name in list(self._parts):
+            parts = [part for _, part in sorted(self._parts.pop(name), key=_microbatch)]
+            yield name, self._total(parts)
+
+    def _store(self, name: str, microbatch: int, part: Part) -> None:
+        kept = part if self.ar.order_free else part.total(self.ar)
+        self._parts.setdefault(name, []).append((microbatch, kept))
+
+    def _total(self, parts: list[Part | Array]) -> Array:
+        if isinstance(parts[0], Weighted | Products | Rows):
+            join: Callable[[list[Part | Array]], Part] = type(parts[0]).join  # type: ignore[assignment]
+            return join(parts).total(self.ar)
+        total: Array = parts[0]
+        for part in parts[1:]:
+            total = total + part  # type: ignore[operator]
+        return total
+
+
+def _microbatch(entry: tuple[int, Part | Array]) -> int:
+    return entry[0]

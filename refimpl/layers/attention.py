@@ -21,7 +21,9 @@ class Saved:
     probs: Kept = tensor("probs", per_token=False)  # (B, H, S, S)
 
 
-def forward(c: Context, query: Array, key: Array, value: Array, scale: float, allowed: Array) -> tuple[Array, Saved]:
+def forward(
+    c: Context, query: Array, key: Array, value: Array, scale: float, allowed: Array
+) -> tuple[Array, Saved]:
     """query, key (B, H, S, W), value (B, H, S, Wv), allowed (B or 1, 1, S, S)  ->  (B, H, S, Wv)."""
     ar = c.ar
     scores = ar.at("attention.scores", ar.matmul(query, key) * scale)  # (B, H, S, S)
@@ -29,14 +31,20 @@ def forward(c: Context, query: Array, key: Array, value: Array, scale: float, al
     exps = ar.exp(scores - ar.max(scores)[..., None])  # (B, H, S, S)  masked keys give exactly 0
     probs = ar.at("attention.probs", exps / ar.sum(exps)[..., None])  # (B, H, S, S)
     out = ar.at("attention.out", ar.matmul(probs, value.swapaxes(-1, -2)))  # (B, H, S, Wv)
-    kept = (ar.keep("attention.query", query), ar.keep("attention.key", key), ar.keep("attention.value", value))
+    kept = (
+        ar.keep("attention.query", query),
+        ar.keep("attention.key", key),
+        ar.keep("attention.value", value),
+    )
     return out, Saved(*kept, c.probe(scores), ar.keep("attention.probs", probs))
 
 
 def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array, Array, Array]:
     """dout (B, H, S, Wv)  ->  dquery, dkey (B, H, S, W), dvalue (B, H, S, Wv)."""
     ar, probs = c.ar, saved.probs.value()  # (B, H, S, S)
-    dprobs = c.joined(ar.at("d.attention.probs", ar.matmul(dout, saved.value.value())), "probs")  # (B, H, S, S)
+    dprobs = c.joined(
+        ar.at("d.attention.probs", ar.matmul(dout, saved.value.value())), "probs"
+    )  # (B, H, S, S)
     dscores = probs * (dprobs - ar.dot(dprobs, probs)[..., None])  # (B, H, S, S)
     dscores = ar.at("d.attention.scores", dscores * scale)
     dquery = ar.at("d.attention.query", ar.matmul(dscores, saved.key.value().swapaxes(-1, -2)))

@@ -31,7 +31,9 @@ def forward(c: Context, x: Array, batch: Batch, dense: bool) -> tuple[Array, Sav
     h = ar.at("residual", x + attended)  # (T, D)
     normed, norm2 = ops.norm.forward(c.at("post_attention_layernorm"), h, eps)
     inner = c.at("mlp")
-    out, mlp = ops.mlp.forward(inner, ar.operand("mlp.in", normed)) if dense else ops.moe.forward(inner, normed)
+    out, mlp = (
+        ops.mlp.forward(inner, ar.operand("mlp.in", normed)) if dense else ops.moe.forward(inner, normed)
+    )
     y = ar.at("residual", h + out)  # (T, D)
     return y, Saved(norm1, attn, norm2, mlp, c.probe(y))
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
+from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
 
 
@@ -64,6 +65,14 @@ class Cotangents:
             return dy
         self.taken.add(name)
         return dy + self._given[name].reshape(dy.shape)
+
+    def check_taken(self) -> None:
+        """Raises Invalid if a given gradient met no tensor that takes one."""
+        for name in self._given:
+            if name not in self.taken:
+                raise Invalid(
+                    f"cotangent {name} fits no tensor that takes one; modules' outputs and logits do."
+                )
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,9 @@ def tensors(saved: Any, path: str) -> Iterator[tuple[str, Array, bool]]:
         if "child" in entry.metadata:
             yield from tensors(value, _join(path, entry.metadata["child"]))
         elif "tensor" in entry.metadata:
-            array = value.value() if callable(getattr(value, "value", None)) else getattr(value, "value", value)
+            array = (
+                value.value() if callable(getattr(value, "value", None)) else getattr(value, "value", value)
+            )
             yield _join(path, entry.metadata["tensor"]), array, _per_token(entry)
 
 

@@ -13,7 +13,7 @@ from refimpl.numerics.gradients import Gradients
 
 @dataclass(frozen=True)
 class Saved:
-    norm: norm.Saved = child("model.norm")
+    normed: norm.Saved = child("model.norm")
     lm_head: linear.Saved = child("lm_head")
     logits: Array = tensor("logits")  # (T, V)
 
@@ -29,5 +29,5 @@ def forward(c: Context, x: Array) -> tuple[Array, Saved]:
 def backward(c: Context, dlogits: Array, saved: Saved, grads: Gradients) -> Array:
     """dlogits (T, V)  ->  dx (T, D)."""
     dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), saved.lm_head, grads)
-    dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.norm, grads)
+    dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.normed, grads)
     return dx

@@ -16,7 +16,9 @@ from refimpl.layers.rope import softmax_scale
 from refimpl.numerics.arithmetic import Array, Operand
 from refimpl.numerics.gradients import Gradients
 
-LATENT_EPSILON = 1e-6  # what transformers and DeepSeek's code use for the latents' norms, whatever the config says
+LATENT_EPSILON = (
+    1e-6  # what transformers and DeepSeek's code use for the latents' norms, whatever the config says
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Saved:
     kv_b_proj: linear.Saved = child("kv_b_proj")
     q_pe: Array | None = tensor("q_pe")  # (T, H, R)  rotated
     k_pe: Array | None = tensor("k_pe")  # (T, 1, R)  rotated
-    attention: attention.Saved = child("")
+    attended: attention.Saved = child("")
     heads: Array | None = tensor("heads")  # (T, H Wv)  the input of o_proj
     o_proj: linear.Saved = child("o_proj")
     out: Array | None = tensor("")  # (T, D)
@@ -68,7 +70,15 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
     y, o_saved = ops.linear.forward(c.at("o_proj"), ar.operand("o_proj.in", flat))
     probes = (c.probe(q_pe), c.probe(k_pe))
     saved = Saved(
-        query_saved, kv_a_saved, norm_saved, kv_b_saved, *probes, attention_saved, c.probe(flat), o_saved, c.probe(y)
+        query_saved,
+        kv_a_saved,
+        norm_saved,
+        kv_b_saved,
+        *probes,
+        attention_saved,
+        c.probe(flat),
+        o_saved,
+        c.probe(y),
     )
     return y, saved
 
@@ -80,7 +90,7 @@ def backward(c: Context, dy: Array, saved: Saved, batch: Batch, grads: Gradients
     dflat = ops.linear.backward(c.at("o_proj"), c.joined(dy), saved.o_proj, grads)  # (T, H Wv)
     dout = batch.heads(c.joined(dflat, "heads").reshape(tokens, heads, cfg.v_head_dim))
     scale = softmax_scale(cfg, c.choices)
-    dquery, dkey, dvalue = map(batch.tokens, ops.attention.backward(c, dout, saved.attention, scale))
+    dquery, dkey, dvalue = map(batch.tokens, ops.attention.backward(c, dout, saved.attended, scale))
     dq_pe = ops.rope.backward(c, c.joined(dquery[..., nope:], "q_pe"), batch.tables)  # (T, H, R)
     dk_pe = c.joined(c.ar.sum(dkey[..., nope:], 1)[:, None], "k_pe")  # (T, 1, R)  summed over heads
     dk_pe = ops.rope.backward(c, dk_pe, batch.tables)[:, 0]  # (T, R)

@@ -14,8 +14,8 @@ from refimpl.numerics.gradients import Gradients
 
 @dataclass(frozen=True)
 class Saved:
-    gate: gate.Saved = child("gate")
-    experts: experts.Saved = child("experts")
+    gating: gate.Saved = child("gate")
+    routed: experts.Saved = child("experts")
     shared: mlp.Saved | None = child("shared_experts")
     out: Array | None = tensor("")  # (T, D)
 
@@ -35,7 +35,7 @@ def forward(c: Context, x: Array) -> tuple[Array, Saved]:
 def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     """dy (T, D)  ->  dx (T, D)."""
     dy = c.joined(dy)
-    dx, dweight = c.ops.experts.backward(c.at("experts"), dy, saved.experts, grads)
+    dx, dweight = c.ops.experts.backward(c.at("experts"), dy, saved.routed, grads)
     if saved.shared is not None:
         dx = dx + c.ops.mlp.backward(c.at("shared_experts"), dy, saved.shared, grads)
-    return c.ar.at("d.mlp.in", dx + c.ops.gate.backward(c.at("gate"), dweight, saved.gate, grads))
+    return c.ar.at("d.mlp.in", dx + c.ops.gate.backward(c.at("gate"), dweight, saved.gating, grads))

@@ -2,7 +2,21 @@
 
 from types import ModuleType
 
-from refimpl.layers import attention, block, embedding, experts, gate, head, linear, loss, mla, mlp, moe, norm, rope
+from refimpl.layers import (
+    attention,
+    block,
+    embedding,
+    experts,
+    gate,
+    head,
+    linear,
+    loss,
+    mla,
+    mlp,
+    moe,
+    norm,
+    rope,
+)
 from refimpl.layers.context import Op, Ops
 
 

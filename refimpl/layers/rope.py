@@ -78,7 +78,11 @@ def ramp_bounds(scaling: YarnScaling, width: int, base: float) -> tuple[float, f
     original context, rounded outwards.  DeepSeek's code, not the paper, whose ramp is linear in turns."""
 
     def dimension(turns: float) -> float:
-        return width * _log(scaling.original_max_position_embeddings / (turns * 2.0 * math.pi)) / (2.0 * _log(base))
+        return (
+            width
+            * _log(scaling.original_max_position_embeddings / (turns * 2.0 * math.pi))
+            / (2.0 * _log(base))
+        )
 
     low = max(float(math.floor(dimension(scaling.beta_fast))), 0.0)
     high = min(float(math.ceil(dimension(scaling.beta_slow))), width - 1.0)

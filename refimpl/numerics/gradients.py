@@ -12,8 +12,9 @@ which is the W of zero-bubble pipeline schedules.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,7 +34,8 @@ class Weighted:
     @staticmethod
     def join(parts: list[Weighted]) -> Weighted:
         return Weighted(
-            Operand(np.concatenate([p.dy.value for p in parts])), Operand(np.concatenate([p.x.value for p in parts]))
+            Operand(np.concatenate([p.dy.value for p in parts])),
+            Operand(np.concatenate([p.x.value for p in parts])),
         )
 
 
@@ -75,9 +77,12 @@ Part = Weighted | Products | Rows
 class Gradients:
     """Collects contributions by checkpoint name and microbatch; see the module's text."""
 
-    def __init__(self, ar: Arithmetic, deferred: bool = False) -> None:
+    def __init__(
+        self, ar: Arithmetic, deferred: bool = False, aliases: Mapping[str, str] | None = None
+    ) -> None:
         self.ar = ar
         self.deferred = deferred
+        self.aliases = aliases or {}  # a shared parameter's other name -> the name its gradient has
         self._parts: dict[str, list[tuple[int, Part | Array]]] = {}
         self._waiting: deque[tuple[str, int, Weighted]] = deque()
 
@@ -104,7 +109,7 @@ class Gradients:
 
     def branch(self) -> Gradients:
         """An empty collector of the same kind, for one thread; `merge` takes it back."""
-        return Gradients(self.ar, self.deferred)
+        return Gradients(self.ar, self.deferred, self.aliases)
 
     def merge(self, branch: Gradients) -> None:
         """Take over what a branch collected."""
@@ -125,16 +130,32 @@ class Gradients:
 
     def _store(self, name: str, microbatch: int, part: Part) -> None:
         kept = part if self.ar.order_free else part.total(self.ar)
+        name = self.aliases.get(name, name)
         self._parts.setdefault(name, []).append((microbatch, kept))
 
     def _total(self, parts: list[Part | Array]) -> Array:
-        if isinstance(parts[0], Weighted | Products | Rows):
-            join: Callable[[list[Part | Array]], Part] = type(parts[0]).join  # type: ignore[assignment]
-            return join(parts).total(self.ar)
-        total: Array = parts[0]
-        for part in parts[1:]:
-            total = total + part  # type: ignore[operator]
+        """The sum: one contraction over operands, or contributions added in order."""
+        if self.ar.order_free:
+            return _join(cast(list[Part], parts), self.ar).total(self.ar)
+        arrays = cast(list[Array], parts)
+        total = arrays[0]
+        for array in arrays[1:]:
+            total = total + array
         return total
+
+
+def _join(parts: list[Part], ar: Arithmetic) -> Part:
+    """Contributions to one parameter as one.  A tied embedding receives rows and products: rows are the product
+    with a matrix of zeros and ones."""
+    if len({type(part) for part in parts}) > 1:
+        parts = [_as_product(part, ar) if isinstance(part, Rows) else part for part in parts]
+    join: Callable[[list[Any]], Part] = type(parts[0]).join
+    return join(parts)
+
+
+def _as_product(rows: Rows, ar: Arithmetic) -> Weighted:
+    hot = ar.array(rows.ids[:, None] == np.arange(rows.n))  # (T, n)
+    return Weighted(Operand(hot), Operand(rows.dy))
 
 
 def _microbatch(entry: tuple[int, Part | Array]) -> int:

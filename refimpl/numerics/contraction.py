@@ -1,0 +1,192 @@
+"""Correctly rounded contractions.  SPEC EXACT-1.
+
+contract(a, b)[m, n] = RN(sum_k a[m, k] b[n, k]): the float64 nearest to the exact sum of exact products,
+ties to even.
+
+With the slices of `slicing`, head x head and head x middle are exact on BLAS; the products of lower order
+are computed in float64 with the error bound below; if every number within it rounds to the same float64,
+that is the result, and the few other elements are computed exactly.  So the bits depend on the mathematics
+only: not on BLAS, threads, blocking, or the other rows.
+
+With d = 2^(s-26) (see `slicing`), in units of 2^(ea+eb), which bounds the product of the norms of two rows:
+lower order  = middle x (middle + tail) + head x tail + tail x all   <= 6 d^2,
+its rounding <= 2^-53 (K + 16) 6 d^2,  and that of the final sums <= 2^-53 2^-48.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refimpl.errors import Invalid
+from refimpl.numerics.eft import Array, two_sum
+from refimpl.numerics.slicing import Frame, Ints, Prepared, Slices, prepare, spread_bits
+from refimpl.numerics.summation import dot, mean, segment_sum, sum_
+
+__all__ = ["Prepared", "contract", "dot", "mean", "prepare", "segment_sum", "sum_"]
+
+BLOCK = 1 << 22  # elements of a block of an operand, or of a result: 32 MiB
+SMALL = 1 << 15  # elements of two operands below which cutting them together saves time
+NORMAL = 2.0**-1022
+
+
+def contract(a: ArrayLike | Prepared, b: ArrayLike | Prepared) -> Array:
+    """a (..., M, K), b (..., N, K)  ->  (..., M, N), correctly rounded."""
+    pa, pb = prepare(a), prepare(b)
+    if pa.shape[:-2] != pb.shape[:-2] or pa.shape[-1] != pb.shape[-1]:
+        raise Invalid(
+            f"operands of shape {pa.shape} and {pb.shape} do not contract: all but axis -2 must agree."
+        )
+    lead, m, n, k = pa.shape[:-2], pa.shape[-2], pb.shape[-2], pa.shape[-1]
+    out = np.zeros((*lead, m, n))
+    if out.size and k:
+        with np.errstate(all="ignore"):
+            _blocks(pa, pb, out)
+    return out
+
+
+def _blocks(a: Prepared, b: Prepared, out: Array) -> None:
+    """Fills out (..., M, N) in blocks that bound the temporaries."""
+    if max(a.value.size, b.value.size, out.size) <= BLOCK:
+        _block(a, b, out)
+        return
+    if a.value.ndim > 2:
+        for i in range(len(out)):
+            _blocks(_part(a, i), _part(b, i), out[i])
+        return
+    step = max(1, min(BLOCK // a.shape[-1], 2048))
+    for i in range(0, a.shape[0], step):
+        rows = a.rows(slice(i, i + step))
+        for j in range(0, b.shape[0], step):
+            _block(rows, b.rows(slice(j, j + step)), out[i : i + step, j : j + step])
+
+
+def _part(p: Prepared, i: int) -> Prepared:
+    return Prepared(p.value[i])
+
+
+def _block(a: Prepared, b: Prepared, out: Array) -> None:
+    fa, fb = a.frame, b.frame
+    rounded, open_ = _product(fa, a.slices, fb, b.slices)
+    if fa.shift is not None or fb.shift is not None:
+        scaled = np.ldexp(rounded, _outer_sum(fa.shift, fb.shift))
+        below = (np.abs(scaled) < NORMAL) & (rounded != 0)  # subnormal: would be rounded twice
+        open_ = below if open_ is None else open_ | below
+        rounded = scaled
+    np.add(rounded, 0.0, out=out)  # an exact zero is +0
+    if fa.special is not None or fb.special is not None:
+        special = _fill_special(a, b, out)
+        open_ = None if open_ is None else open_ & ~special
+    if open_ is not None and open_.any():
+        _decide_exactly(a.value, b.value, np.nonzero(open_), out)
+
+
+def _outer_sum(shift_a: Ints | None, shift_b: Ints | None) -> Ints:
+    rows = 0 if shift_a is None else shift_a[..., :, None]
+    columns = 0 if shift_b is None else shift_b[..., None, :]
+    return np.asarray(rows + columns)
+
+
+def _product(fa: Frame, sa: Slices, fb: Frame, sb: Slices) -> tuple[Array, NDArray[np.bool_] | None]:
+    """(..., M, N) rounded, and where that is not certain (None: nowhere)"""
+    high = _times(sa.head, sb.head)
+    if sa.middle is None and sb.middle is None and not (fa.lossy or fb.lossy):
+        return high, None
+    cross, low = _cross(sa, sb), _low(fa, sa, fb, sb)
+    if cross is not None:
+        high, rest = two_sum(high, cross)
+        low = rest if low is None else np.add(low, rest, out=low)
+    k = fa.x.shape[-1]
+    d = 2.0 ** (spread_bits(k) - 26)
+    scale = 2.0**-53 * ((k + 16) * 6 * d * d + 2.0**-48)
+    error = np.ldexp(scale, fa.exponent)[..., :, None] * np.ldexp(1.0, fb.exponent)[..., None, :]
+    if low is None:
+        above, below = high + error, high - error
+    else:
+        above = low + error
+        above += high
+        below = np.subtract(low, error, out=error)
+        below += high
+    return above, above != below
+
+
+def _times(a: Array, b: Array) -> Array:
+    product: Array = np.matmul(a, b.swapaxes(-1, -2))
+    return product
+
+
+def _pick(x: Array, columns: NDArray[np.intp] | None) -> Array:
+    return x if columns is None else x[..., columns]
+
+
+def _cross(sa: Slices, sb: Slices) -> Array | None:
+    """head x middle + middle x head without rounding: multiples of one unit that stay below 2^53 of them"""
+    total = None
+    if sb.middle is not None:
+        total = _times(_pick(sa.head, sb.columns), sb.middle)
+    if sa.middle is not None:
+        other = _times(sa.middle, _pick(sb.head, sa.columns))
+        total = other if total is None else np.add(total, other, out=total)
+    return total
+
+
+def _low(fa: Frame, sa: Slices, fb: Frame, sb: Slices) -> Array | None:
+    """middle x (middle + tail) + head x tail + tail x all, rounded as BLAS does"""
+    total = None
+    if sa.middle is not None and sb.middle is not None:
+        total = _times(sa.middle, _pick(fb.x, sa.columns) - _pick(sb.head, sa.columns))
+    if sb.tail is not None:
+        other = _times(_pick(sa.head, sb.columns), sb.tail)
+        total = other if total is None else np.add(total, other, out=total)
+    if sa.tail is not None:
+        other = _times(sa.tail, _pick(fb.x, sa.columns))
+        total = other if total is None else np.add(total, other, out=total)
+    return total
+
+
+def _decide_exactly(a: Array, b: Array, at: tuple[NDArray[np.intp], ...], out: Array) -> None:
+    step = max(1, BLOCK // 8 // a.shape[-1])
+    for i in range(0, len(at[0]), step):
+        part = tuple(index[i : i + step] for index in at)
+        out[part] = dot(a[part[:-1]], b[(*part[:-2], part[-1])])
+
+
+def _fill_special(a: Prepared, b: Prepared, out: Array) -> NDArray[np.bool_]:
+    """Writes what IEEE gives wherever a row with NaN or infinities takes part; returns where."""
+    none_a, none_b = np.zeros(a.shape[:-1], np.bool_), np.zeros(b.shape[:-1], np.bool_)
+    special_a = none_a if a.frame.special is None else a.frame.special
+    special_b = none_b if b.frame.special is None else b.frame.special
+    special = special_a[..., :, None] | special_b[..., None, :]
+    ones_a, ones_b = _Signs.of(a.value), _Signs.of(b.value)
+    # numbers of products by kind: small integers, exact on BLAS
+    plus = _count(ones_a.infinite_plus, ones_b.plus) + _count(ones_a.infinite_minus, ones_b.minus)
+    plus += _count(ones_a.plus, ones_b.infinite_plus) + _count(ones_a.minus, ones_b.infinite_minus)
+    minus = _count(ones_a.infinite_plus, ones_b.minus) + _count(ones_a.infinite_minus, ones_b.plus)
+    minus += _count(ones_a.plus, ones_b.infinite_minus) + _count(ones_a.minus, ones_b.infinite_plus)
+    nan = _count(ones_a.infinite_plus | ones_a.infinite_minus, ones_b.zero)
+    nan += _count(ones_a.zero, ones_b.infinite_plus | ones_b.infinite_minus)
+    nan += ones_a.nan.any(axis=-1)[..., :, None]
+    nan += ones_b.nan.any(axis=-1)[..., None, :]
+    value = np.where(plus > 0, np.inf, -np.inf)
+    value[(nan > 0) | ((plus > 0) & (minus > 0))] = np.nan
+    out[special] = value[special]
+    return special
+
+
+class _Signs(NamedTuple):
+    plus: NDArray[np.bool_]
+    minus: NDArray[np.bool_]
+    zero: NDArray[np.bool_]
+    infinite_plus: NDArray[np.bool_]
+    infinite_minus: NDArray[np.bool_]
+    nan: NDArray[np.bool_]  # (..., R, K)
+
+    @classmethod
+    def of(cls, x: Array) -> _Signs:
+        return cls(x > 0, x < 0, x == 0, x == np.inf, x == -np.inf, np.isnan(x))
+
+
+def _count(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Array:
+    return _times(a.astype(np.float64), b.astype(np.float64))

@@ -1,0 +1,169 @@
+"""Operands of contractions, cut into slices whose products are exact.  SPEC EXACT-1.
+
+A row x (K,) with norm below 2^e becomes  x = head + middle + tail:
+
+head    multiples of 2^(e-26);        |head|_2   <= 2^e + rounding
+middle  multiples of 2^(e+s-51);      |middle|_2 <= 2^(e+s-26),  with 2^s >= sqrt(K) / 2
+tail    what is left, any float64;    |tail|_2   <= 2^(e+2s-51)
+
+By Cauchy-Schwarz head x head and head x middle stay below 2^53 of their units, so a BLAS product of them is
+exact in whatever order it adds.  All cuts depend on the row alone.  Middle and tail are kept only where they
+are not zero: numbers of few bits (bf16, E4M3, small integers) have none, or have them in few columns.
+
+Source: Ozaki, Ogita, Oishi and Rump 2012, with norms in place of maxima.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refimpl.errors import Invalid
+from refimpl.numerics.eft import Array
+from refimpl.numerics.summation import _float64
+
+CHUNK = 1 << 16  # elements that are cut at a time, so that the passes over them stay in the cache
+SMALLEST, LARGEST = 2.0**-600, 2.0**600  # squared norms of rows that need no scaling
+SLACK = 1.0 + 2.0**-20  # covers the rounding of a plain sum of squares
+
+Ints = NDArray[np.int64]
+
+
+def spread_bits(length: int) -> int:
+    """The smallest s with 2^s >= sqrt(length) / 2."""
+    return ((length - 1).bit_length() + 1) // 2 - 1
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Rows scaled to a safe range: value = frame * 2^shift up to what underflows."""
+
+    x: Array  # (..., R, K)  finite; rows with NaN or infinities are zero
+    exponent: Ints  # (..., R)  norm below 2^exponent
+    shift: Ints | None  # (..., R)  None where all are zero
+    special: NDArray[np.bool_] | None  # (..., R)  rows with NaN or infinities
+    lossy: bool  # something underflowed when it was scaled
+
+    def rows(self, index: Any) -> Frame:
+        at = (..., index)
+        return Frame(
+            self.x[(..., index, slice(None))],
+            self.exponent[at],
+            None if self.shift is None else self.shift[at],
+            None if self.special is None else self.special[at],
+            self.lossy,
+        )
+
+
+@dataclass(frozen=True)
+class Slices:
+    """frame = head + middle + tail; middle and tail hold only the listed columns."""
+
+    head: Array  # (..., R, K)
+    middle: Array | None  # (..., R, C)  None where head is everything
+    tail: Array | None  # (..., R, C)
+    columns: NDArray[np.intp] | None  # (C,)  None for all of them
+
+    def rows(self, index: Any) -> Slices:
+        at = (..., index, slice(None))
+        return Slices(
+            self.head[at],
+            None if self.middle is None else self.middle[at],
+            None if self.tail is None else self.tail[at],
+            self.columns,
+        )
+
+
+def frame(value: Array) -> Frame:
+    """value (..., R, K)  ->  its frame"""
+    squares = np.vecdot(value, value)
+    safe = (squares > SMALLEST) & (squares < LARGEST)
+    if safe.all():
+        return Frame(value, np.frexp(np.sqrt(squares * SLACK))[1], None, None, False)
+    return _scaled_frame(value, squares, ~safe)
+
+
+def _scaled_frame(value: Array, squares: Array, unsafe: NDArray[np.bool_]) -> Frame:
+    rows = value[unsafe]
+    largest = np.abs(rows).max(axis=-1)
+    special = ~np.isfinite(largest)
+    if not largest.any():
+        return Frame(value, np.frexp(np.sqrt(squares * SLACK))[1], None, None, False)
+    power = np.where(special, 0, np.frexp(largest)[1]).astype(np.int64)
+    scaled = np.where(special[:, None], 0.0, np.ldexp(rows, -power[:, None]))
+    lossy = bool((~special & (np.ldexp(scaled, power[:, None]) != rows).any(-1)).any())
+    x = value.copy()
+    x[unsafe] = scaled
+    shift = np.zeros(squares.shape, np.int64)
+    shift[unsafe] = power
+    mark = np.zeros(squares.shape, np.bool_)
+    mark[unsafe] = special
+    squares = squares.copy()
+    squares[unsafe] = np.vecdot(scaled, scaled)
+    exponent = np.frexp(np.sqrt(squares * SLACK))[1]
+    return Frame(x, exponent, shift if shift.any() else None, mark if special.any() else None, lossy)
+
+
+def cut(f: Frame) -> Slices:
+    """A frame  ->  its slices"""
+    length = f.x.shape[-1]
+    sigma = np.ldexp(1.5, f.exponent + 26)[..., None]
+    head = f.x + sigma
+    head -= sigma
+    rest = f.x - head
+    if not rest.any():
+        return Slices(f.x, None, None, None)
+    columns = None
+    if np.count_nonzero(rest.reshape(-1, length)[0]) * 2 < length:
+        filled = rest.any(axis=tuple(range(rest.ndim - 1)))
+        if np.count_nonzero(filled) * 4 < length:
+            columns = np.flatnonzero(filled)
+            rest = rest[..., columns]
+    sigma = np.ldexp(1.5, f.exponent + (spread_bits(length) + 1))[..., None]
+    middle = rest + sigma
+    middle -= sigma
+    rest -= middle
+    return Slices(head, middle, rest if rest.any() else None, columns)
+
+
+class Prepared:
+    """An operand that is cut once, when first contracted, and may then meet many partners."""
+
+    def __init__(self, value: ArrayLike, frame_: Frame | None = None, slices: Slices | None = None) -> None:
+        self.value = _float64(value)
+        if self.value.ndim < 2:
+            raise Invalid(f"an operand has shape {self.value.shape}, but needs at least rows and columns.")
+        self._frame, self._slices = frame_, slices
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def frame(self) -> Frame:
+        if self._frame is None:
+            self._frame = frame(self.value)
+        return self._frame
+
+    @property
+    def slices(self) -> Slices:
+        if self._slices is None:
+            self._slices = cut(self.frame)
+        return self._slices
+
+    def rows(self, index: Any) -> Prepared:
+        """The rows index of axis -2; what has been cut already is gathered, not cut again."""
+        at = (..., index, slice(None))
+        return Prepared(
+            self.value[at],
+            None if self._frame is None else self._frame.rows(index),
+            None if self._slices is None else self._slices.rows(index),
+        )
+
+
+def prepare(x: ArrayLike | Prepared) -> Prepared:
+    """x (..., R, K)  ->  the operand, to be cut along its last axis"""
+    return x if isinstance(x, Prepared) else Prepared(x)

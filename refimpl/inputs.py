@@ -55,10 +55,7 @@ def read_inputs(
         flags = _like("mask", mask, ids)
         _in_range("mask", flags, 0, 2, "0 and 1")
         segments = np.where(flags == 1, segments, PADDING)
-    if position_ids is None:
-        places = positions(segments)
-    else:
-        places = _like("position_ids", position_ids, ids)
+    places = positions(segments) if position_ids is None else _like("position_ids", position_ids, ids)
     _in_range("position_ids", places, 0, config.max_position_embeddings, "max_position_embeddings")
     if labels is not None and targets is not None:
         raise Invalid("labels and targets are both given, but only one of them may be.")
@@ -78,7 +75,10 @@ def read_inputs(
 def read_routing(
     config: ModelConfig, routing: Mapping[int, Any], shape: tuple[int, ...]
 ) -> dict[str, tuple[Array, Array | None]]:
-    """{layer: ids or (ids, weights)}  ->  {path of the gate: (ids (T, K), weights (T, K) or None)}.  Raises Invalid."""
+    """{layer: ids or (ids, weights)}  ->  {path of the gate: (ids (T, K), weights (T, K) or None)}.
+
+    Raises: Invalid.
+    """
     ready: dict[str, tuple[Array, Array | None]] = {}
     want = (*shape, config.num_experts_per_tok)
     for layer, given in routing.items():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import open_folder
 from refimpl.checkpoint.virtual import VirtualWeights
-from refimpl.checkpoint.weights import DictWeights, Weights
+from refimpl.checkpoint.weights import DictWeights, Weights, check
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
@@ -42,8 +42,8 @@ def load(
     choices: str | Choices = "hf",
     training: TrainingConfig | None = None,
 ) -> Model:
-    """A model from a checkpoint folder in the published layout, a preset's name (virtual weights), or a pair of
-    config and weights by checkpoint name.
+    """A model from a checkpoint folder in the published layout, a preset's name (virtual weights), or a pair
+    of config and weights by checkpoint name.
 
     precision: exact, float64, float32, a recipe's name, or an Arithmetic.
     Raises: Invalid, Missing, Unsupported, Unreadable, each naming the field, tensor or file.  SPEC MODEL-1.
@@ -109,7 +109,7 @@ def unit_forward(c: Context, unit: Unit, x: Array, batch: Batch) -> tuple[Array,
 
 
 def unit_backward(c: Context, unit: Unit, dy: Array, saved: Any, batch: Batch, grads: Gradients) -> Array:
-    """dy as the unit's output  ->  dx as its input; nothing for the embedding, whose input has no gradient."""
+    """dy as the unit's output  ->  dx as its input; None from the embedding."""
     at = c.at(unit.path) if unit.path else c
     if unit.kind == "embedding":
         dx: Array = c.ops.embedding.backward(at, dy, saved, grads)
@@ -149,9 +149,10 @@ class Model:
     def __init__(
         self, config: ModelConfig, weights: Weights, ar: Arithmetic, choices: Choices, ops: Ops = DEEPSEEK_V3
     ) -> None:
-        names.check(config, weights)
+        check(weights)
         self.config, self.weights, self.ar, self.choices, self.ops = config, weights, ar, choices, ops
         self._parameters = CachedParameters(weights, ar)
+        self._values_checked = False
 
     def forward(
         self,
@@ -169,14 +170,18 @@ class Model:
     ) -> Result:
         """input_ids (B, S) int  ->  Result.
 
-        targets (B, S): the token that each position shall predict, -100 for none; or labels (B, S): the same ids,
-        shifted here.  mask (B, S): which positions exist.  segment_ids (B, S): packed documents, -1 for padding.
+        targets (B, S): the token that each position shall predict, -100 for none; or labels (B, S): the
+        same ids, shifted here.  mask (B, S): which positions exist.  segment_ids (B, S): packed documents,
+        -1 for padding.
         position_ids (B, S): by default counted from 0 in each segment.
         routing: {layer: topk_idx (B, S, K)} or {layer: (topk_idx, topk_weight)} forces the experts.
         trace: patterns of the tensors that `Result.tensors` shall have; () for none.
-        target_count: the divisor of the loss, when the batch is one microbatch of several; its own count by default.
+        target_count: the divisor of the loss, when the batch is one microbatch of several.
         Raises: Invalid, naming the argument.  SPEC MODEL-2.
         """
+        if not self._values_checked:  # once, and before anything is computed
+            check(self.weights, values=True)
+            self._values_checked = True
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, position_ids)
         patterns = (trace,) if isinstance(trace, str) else tuple(trace)
         c = Context(
@@ -207,10 +212,11 @@ class Model:
     ) -> Any:
         """The gradients of the loss with respect to every weight: a mapping from checkpoint name to array.
 
-        cotangents: {tensor name: array of its shape}, added where that tensor's gradient is formed; without
-        targets they stand in for the loss.  into: a `Gradients` that goes on collecting (as over microbatches),
-        or a function that receives (name, gradient) one by one; it is handed back.
-        Raises: Invalid when there is neither loss nor cotangent, or a cotangent fits no tensor.  SPEC MODEL-4.
+        cotangents: {tensor name: array of its shape}, added where that tensor's gradient is formed;
+        without targets they stand in for the loss.  into: a `Gradients` that goes on collecting (as over
+        microbatches), or a function that receives (name, gradient) one by one; it is handed back.
+        Raises: Invalid when there is neither loss nor cotangent, or a cotangent fits no tensor.
+        SPEC MODEL-4.
         """
         run, given = result._run, self._cotangents(result, cotangents or {})
         if run.loss is None and not cotangents:
@@ -229,7 +235,7 @@ class Model:
         if isinstance(into, Gradients):
             return into
         if into is None:
-            return GradientMap(self.config, self.ar, grads.reduce())
+            return GradientMap(self.weights, self.ar, grads.reduce())
         self.hand_over(grads, into)
         return into
 
@@ -243,7 +249,7 @@ class Model:
         for name, gradient in grads.drain():
             touched.add(name)
             sink(name, gradient)
-        for name, gradient in GradientMap(self.config, self.ar, {}).items():
+        for name, gradient in GradientMap(self.weights, self.ar, {}).items():
             if name not in touched:
                 sink(name, gradient)
 
@@ -281,22 +287,22 @@ class Model:
 
 
 class GradientMap(Mapping[str, Array]):
-    """Every parameter's gradient by checkpoint name; those that nothing reached are exact zeros, made when read."""
+    """Every parameter's gradient by checkpoint name; what nothing reached is exact zeros, made when read."""
 
-    def __init__(self, config: ModelConfig, ar: Arithmetic, touched: Mapping[str, Array]) -> None:
-        self._specs = names.trainable(config)
+    def __init__(self, weights: Weights, ar: Arithmetic, touched: Mapping[str, Array]) -> None:
+        self._shapes = {name: weights.shape(name) for name in weights if weights.kind(name) == "param"}
         self._touched, self._ar = touched, ar
 
     def __getitem__(self, name: str) -> Array:
         if name in self._touched:
             return self._touched[name]
-        return self._ar.array(np.zeros(self._specs[name].shape, np.float32))
+        return self._ar.array(np.zeros(self._shapes[name], np.float32))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self._shapes)
 
 
 def _named(

@@ -1,7 +1,7 @@
 """What a layer may know, and the names of what it saves.
 
-A layer is `forward(c, x, ...) -> (y, Saved)` and `backward(c, dy, saved, grads) -> dx`.  `Context` is all that
-it may ask for.  Its `Saved` is a frozen dataclass: `tensor("gate.scores")` marks a field as a named tensor,
+A layer is `forward(c, x, ...) -> (y, Saved)` and `backward(c, dy, saved, grads) -> dx`.  `Context` is all
+that it may ask for.  Its `Saved` is a frozen dataclass: `tensor("scores")` marks a field as a named tensor,
 `child("self_attn")` one that holds the Saved of a submodule, and `tensors` walks both, which is how results,
 golden cases and reports read intermediate values.  There are no hooks.
 """
@@ -53,7 +53,7 @@ class Parameters(Protocol):
 
 
 class Cotangents:
-    """Gradients given by the caller for named tensors; each is added where that tensor's gradient is formed."""
+    """Gradients given by the caller for named tensors; each is added where that tensor's gradient forms."""
 
     def __init__(self, given: Mapping[str, Array]) -> None:
         self._given = dict(given)
@@ -120,7 +120,7 @@ class Context:
 
 
 def tensor(name: str, per_token: bool = True) -> Any:
-    """A field that holds a named tensor ("" is the module's output), with tokens T as its first axis or not."""
+    """A field that holds a named tensor ("" is the module's output), tokens T as its first axis or not."""
     return field(metadata={"tensor": name, "per_token": per_token})
 
 
@@ -130,7 +130,7 @@ def child(path: str) -> Any:
 
 
 def tensors(saved: Any, path: str) -> Iterator[tuple[str, Array, bool]]:
-    """(name, array, whether tokens are its first axis) for everything named in a Saved, in its fields' order."""
+    """(name, array, whether tokens are its first axis) for all that is named in a Saved, in fields' order."""
     for entry in fields(saved):
         value = getattr(saved, entry.name)
         if value is None:

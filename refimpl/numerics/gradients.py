@@ -145,8 +145,8 @@ class Gradients:
 
 
 def _join(parts: list[Part], ar: Arithmetic) -> Part:
-    """Contributions to one parameter as one.  A tied embedding receives rows and products: rows are the product
-    with a matrix of zeros and ones."""
+    """Contributions to one parameter as one.  A tied embedding receives rows and products: rows are the
+    product with a matrix of zeros and ones."""
     if len({type(part) for part in parts}) > 1:
         parts = [_as_product(part, ar) if isinstance(part, Rows) else part for part in parts]
     join: Callable[[list[Any]], Part] = type(parts[0]).join

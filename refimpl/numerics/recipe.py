@@ -1,9 +1,9 @@
 """Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1.
 
-A site is a named boundary where a real system stores a tensor, sends it, or feeds it to a GEMM.  A recipe is a
-table from site to rule.  `Rounded` is the exact arithmetic with the recipe's roundings: contractions and
-functions stay correctly rounded in float64, and a value is rounded, once and to nearest even, where it crosses
-a site.  Between two sites nothing else rounds, so a recipe says all there is to say about precision.
+A site is a named boundary where a real system stores a tensor, sends it, or feeds it to a GEMM.  A recipe is
+a table from site to rule.  `Rounded` is the exact arithmetic with the recipe's roundings: contractions and
+functions stay correctly rounded in float64, and a value is rounded, once and to nearest even, where it
+crosses a site.  So a recipe says all there is to say about precision.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """JSON from files that others wrote: strict, and bounded before anything is allocated.  SPEC CONF-1."""
 
 import json
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ class _RefusedError(Exception):
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise _RefusedError(f'has the key "{twice[:60]}" twice, but each key must occur once')
     return found
 
@@ -32,6 +32,14 @@ def _number(text: str) -> float:
     if number - number != 0.0:
         raise _RefusedError(f"has the number {text[:40]}, but numbers must fit a double")
     return number
+
+
+def _encodable(found: Any) -> bool:
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -59,6 +67,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         raise Unreadable(
             f"{what} cannot be read as JSON ({str(error)[:60]}), but it must be plain JSON."
         ) from None
+    if "\\ud" in text.lower() and not _encodable(found):
+        raise Unreadable(f"{what} has half a surrogate pair in a text, but its texts must be Unicode.")
     if not isinstance(found, dict):
         raise Invalid(f"{what} holds a JSON {type(found).__name__}, but it must be a JSON object.")
     return found

@@ -12,10 +12,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from os import PathLike
 from typing import Any
 
+from refimpl.config.checks import FIXED, check_combinations, check_fixed, check_quantization
 from refimpl.config.jsonfile import read_object
 from refimpl.config.rope import YarnScaling, read_rope
-from refimpl.config.rules import Rule, integer, one_of, only, optional, real, ruled, settle, show, truth
-from refimpl.errors import Invalid, Missing, Unsupported
+from refimpl.config.rules import integer, one_of, optional, real, ruled, settle, show, truth
+from refimpl.errors import Invalid, Missing
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 
@@ -23,13 +24,6 @@ MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 _V2 = {"scoring_func": "softmax", "topk_method": "greedy"}
 _V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 FAMILY_DEFAULTS = {name: _V2 if name == "deepseek_v2" else _V3 for name in MODEL_TYPES}
-
-# Fields with one value that is computed here; another value changes the function, so it is refused.
-FIXED: dict[str, Rule] = {
-    "hidden_act": only("silu"),
-    "attention_bias": only(False),
-    "mlp_bias": only(False),
-}
 
 # Fields that say nothing about the function: kept, never read.
 IGNORED = frozenset(FIXED) | {
@@ -113,11 +107,9 @@ class ModelConfig:
                 f"config field rope_scaling is {show(self.rope_scaling)}, but it must be YarnScaling or None."
             )
         quantization = self.quantization_config
-        if quantization is not None and not isinstance(quantization, Mapping):
-            raise Invalid(
-                f"config field quantization_config is {show(quantization)}, but it must be an object or null."
-            )
-        _check_combinations(self)
+        if quantization is not None:
+            check_quantization(quantization)
+        check_combinations(self)
 
     # What layers ask for.
 
@@ -155,6 +147,15 @@ class ModelConfig:
         """Width of the shared experts' one MLP; 0 without."""
         return self.n_shared_experts * self.moe_intermediate_size
 
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block of FP8 weights with one scale; None when weights are not FP8."""
+        quantization = self.quantization_config or {}
+        if quantization.get("quant_method") != "fp8":
+            return None
+        rows, columns = quantization.get("weight_block_size", (128, 128))
+        return rows, columns
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` has experts; MTP modules (from num_hidden_layers on) do."""
         if layer >= self.num_hidden_layers:
@@ -185,7 +186,7 @@ class ModelConfig:
                 f"config field model_type is missing, but it must be {one_of(*MODEL_TYPES).required}."
             )
         one_of(*MODEL_TYPES).settle("config field model_type", family)
-        _check_fixed(given)
+        check_fixed(given)
         theta, scaling = read_rope(given)
         values: dict[str, Any] = {**FAMILY_DEFAULTS[family], "rope_scaling": scaling}
         if theta is not None:
@@ -236,62 +237,3 @@ _ALWAYS_WRITTEN = (
     "num_nextn_predict_layers",
     "tie_word_embeddings",
 )
-
-
-def _check_fixed(given: Mapping[str, Any]) -> None:
-    for name, rule in FIXED.items():
-        if given.get(name) is not None:
-            rule.settle(f"config field {name}", given[name])
-    heads, keys = given.get("num_attention_heads"), given.get("num_key_value_heads")
-    if keys is not None:
-        integer().settle("config field num_key_value_heads", keys)
-        if keys != heads:
-            raise Unsupported(
-                f"config field num_key_value_heads is {show(keys)}, "
-                f"but it must equal num_attention_heads ({show(heads)}), as in latent attention."
-            )
-    dropout = given.get("attention_dropout")
-    if dropout is not None and real(strict=False).settle("config field attention_dropout", dropout) != 0.0:
-        raise Unsupported(f"config field attention_dropout is {show(dropout)}, but it must be 0.")
-    width = given.get("qk_head_dim")
-    parts: list[Any] = [given.get("qk_nope_head_dim"), given.get("qk_rope_head_dim")]
-    if width is not None and all(type(part) is int for part in parts) and width != sum(parts):
-        raise Invalid(
-            f"config field qk_head_dim is {show(width)}, "
-            f"but it must be qk_nope_head_dim + qk_rope_head_dim ({sum(parts)})."
-        )
-
-
-def _check_combinations(c: ModelConfig) -> None:
-    if c.qk_rope_head_dim % 2:
-        raise Invalid(f"config field qk_rope_head_dim is {c.qk_rope_head_dim}, but it must be even.")
-    if c.topk_method != "greedy":
-        for name, value in (("n_group", c.n_group), ("topk_group", c.topk_group)):
-            if value is None:
-                raise Invalid(
-                    f'config field {name} is null, but topk_method "{c.topk_method}" must have an integer.'
-                )
-    if c.n_routed_experts % c.groups:
-        raise Invalid(
-            f"config field n_routed_experts is {c.n_routed_experts}, "
-            f"but it must be a multiple of n_group ({c.groups})."
-        )
-    if c.kept_groups > c.groups:
-        raise Invalid(
-            f"config field topk_group is {c.kept_groups}, but it must be at most n_group ({c.groups})."
-        )
-    if c.num_experts_per_tok > c.kept_groups * c.experts_per_group:
-        raise Invalid(
-            f"config field num_experts_per_tok is {c.num_experts_per_tok}, "
-            f"but it must be at most the experts of the kept groups "
-            f"({c.kept_groups} groups of {c.experts_per_group})."
-        )
-    if c.topk_method == "noaux_tc" and c.kept_groups < c.groups and c.experts_per_group < 2:
-        raise Invalid(
-            f"config fields n_routed_experts and n_group give groups of {c.experts_per_group} expert, "
-            f'but the group score of topk_method "noaux_tc" must have at least 2.'
-        )
-    if c.has_indexer:
-        for name in ("index_n_heads", "index_head_dim", "index_topk"):
-            if getattr(c, name) is None:
-                raise Missing(f'config field {name} is missing, but model_type "deepseek_v32" must have it.')

@@ -60,10 +60,10 @@ def cos(x: ArrayLike) -> Array:
 
 
 def _apply(x: ArrayLike, fast: Fast, settle: Callable[[float], float]) -> Array:
-    x = np.asarray(x, np.float64)
-    flat = np.ascontiguousarray(x).reshape(-1)
-    result = np.empty_like(flat)
     with np.errstate(all="ignore"):
+        x = np.asarray(x, np.float64)
+        flat = np.ascontiguousarray(x).reshape(-1)
+        result = np.empty_like(flat)
         for at in range(0, flat.size, _BLOCK):
             part = flat[at : at + _BLOCK]
             values, undecided = fast(part)

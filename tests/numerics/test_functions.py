@@ -216,6 +216,8 @@ def test_nan_is_quieted_and_loses_its_payload():
     signalling = np.array([0x7FF0000000000001, -1], np.int64).view(np.float64)
     for name in NAMES:
         assert np.array_equal(bits_of(getattr(functions, name)(signalling)), bits_of([NAN, NAN]))
+        narrow = np.array([0x7F800001], np.uint32).view(np.float32)
+        assert np.array_equal(bits_of(getattr(functions, name)(narrow)), bits_of([NAN]))
 
 
 @pytest.mark.parametrize(

@@ -19,27 +19,31 @@ FIXED: dict[str, Rule] = {
 }
 
 
-def check_fixed(given: Mapping[str, Any]) -> None:
+def check_ignored(c: ModelConfig) -> None:
+    """Fields that are not needed may not contradict those that are."""
+    given = {name: value for name, value in c.ignored.items() if value is not None}
     for name, rule in FIXED.items():
-        if given.get(name) is not None:
+        if name in given:
             rule.settle(f"config field {name}", given[name])
-    heads, keys = given.get("num_attention_heads"), given.get("num_key_value_heads")
-    if keys is not None:
-        integer().settle("config field num_key_value_heads", keys)
-        if keys != heads:
-            raise Unsupported(
-                f"config field num_key_value_heads is {show(keys)}, "
-                f"but it must equal num_attention_heads ({show(heads)}), as in latent attention."
-            )
-    dropout = given.get("attention_dropout")
-    if dropout is not None and real(strict=False).settle("config field attention_dropout", dropout) != 0.0:
-        raise Unsupported(f"config field attention_dropout is {show(dropout)}, but it must be 0.")
-    width = given.get("qk_head_dim")
-    parts: list[Any] = [given.get("qk_nope_head_dim"), given.get("qk_rope_head_dim")]
-    if width is not None and all(type(part) is int for part in parts) and width != sum(parts):
+    for name in ("num_key_value_heads", "qk_head_dim"):
+        if name in given:
+            integer().settle(f"config field {name}", given[name])
+    if given.get("num_key_value_heads", c.num_attention_heads) != c.num_attention_heads:
+        raise Unsupported(
+            f"config field num_key_value_heads is {show(given['num_key_value_heads'])}, "
+            f"but it must equal num_attention_heads ({c.num_attention_heads}), as in latent attention."
+        )
+    if given.get("qk_head_dim", c.qk_head_dim) != c.qk_head_dim:
         raise Invalid(
-            f"config field qk_head_dim is {show(width)}, "
-            f"but it must be qk_nope_head_dim + qk_rope_head_dim ({sum(parts)})."
+            f"config field qk_head_dim is {show(given['qk_head_dim'])}, "
+            f"but it must be qk_nope_head_dim + qk_rope_head_dim ({c.qk_head_dim})."
+        )
+    if (
+        real(strict=False).settle("config field attention_dropout", given.get("attention_dropout", 0.0))
+        != 0.0
+    ):
+        raise Unsupported(
+            f"config field attention_dropout is {show(given['attention_dropout'])}, but it must be 0."
         )
 
 

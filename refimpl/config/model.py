@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from refimpl.config.checks import FIXED, check_combinations, check_fixed, check_quantization
+from refimpl.config.checks import FIXED, check_combinations, check_ignored, check_quantization
 from refimpl.config.jsonfile import read_object
 from refimpl.config.rope import YarnScaling, read_rope
 from refimpl.config.rules import integer, one_of, optional, real, ruled, settle, show, truth
@@ -110,6 +110,7 @@ class ModelConfig:
         if quantization is not None:
             check_quantization(quantization)
         check_combinations(self)
+        check_ignored(self)
 
     # What layers ask for.
 
@@ -186,7 +187,6 @@ class ModelConfig:
                 f"config field model_type is missing, but it must be {one_of(*MODEL_TYPES).required}."
             )
         one_of(*MODEL_TYPES).settle("config field model_type", family)
-        check_fixed(given)
         theta, scaling = read_rope(given)
         values: dict[str, Any] = {**FAMILY_DEFAULTS[family], "rope_scaling": scaling}
         if theta is not None:

@@ -120,7 +120,10 @@ class Weights(Mapping[str, Array], ABC):
         return self[name].reshape(-1)[start : start + count]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.aliases.get(name, name) in self._present
+        if not isinstance(name, str):
+            return False
+        canonical = self.aliases.get(name, name)
+        return canonical in self.specs and canonical in self._present
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

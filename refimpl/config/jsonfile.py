@@ -1,6 +1,7 @@
 """JSON from files that others wrote: strict, and bounded before anything is allocated.  SPEC CONF-1."""
 
 import json
+import os
 from collections import Counter
 from os import PathLike
 from pathlib import Path
@@ -79,9 +80,10 @@ def read_object(path: str | PathLike[str], limit: int = LIMIT) -> dict[str, Any]
     path = Path(path)
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, limit) + 1)  # reading makes room for what is asked
     except OSError as error:
         raise Unreadable(f"{path} cannot be read ({error.strerror}), but it must be a JSON file.") from None
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise Unreadable(f"{path} is larger than {limit} bytes, but it must be at most that.")
     return parse_object(data, str(path))

@@ -68,7 +68,10 @@ CASTS = {
         Cast("ml_dtypes-0.6", "bf16", 0x7F80, 0x7F80, 0x7FC0, True, 0x7FC0_0000, "recorded"),
     )
 }
-_LIBRARY_SCALE = ("torch-2.11", "torch-2.13")  # CAST-2 with the sign dropped; ml_dtypes gives NaN below 2^-149
+_LIBRARY_SCALE = (
+    "torch-2.11",
+    "torch-2.13",
+)  # CAST-2 with the sign dropped; ml_dtypes gives NaN below 2^-149
 
 
 def behaviour(name: str, fmt: Format) -> Cast:
@@ -111,7 +114,8 @@ def widen(codes: ArrayLike, fmt: Format, name: str = "format") -> NDArray[np.flo
     """
     given = np.asarray(codes)
     formats.require_codes(given, fmt)
-    return _widened(behaviour(name, fmt), fmt)[given]
+    values: NDArray[np.float32] = _widened(behaviour(name, fmt), fmt)[given]
+    return values
 
 
 def _plain(values: NDArray[np.floating], row: Cast, fmt: Format, rounding: Rounding) -> Codes:
@@ -172,7 +176,9 @@ def _widened(row: Cast, fmt: Format) -> NDArray[np.float32]:
     codes = np.arange(1 << fmt.bits)
     values = formats.decode(codes, fmt)
     bits = values.astype(np.float32).view(np.uint32)
-    sign = np.where(codes & fmt.sign, np.uint32(1 << 31), np.uint32(0)) if fmt.kind != "fnuz" else np.uint32(0)
+    sign = (
+        np.where(codes & fmt.sign, np.uint32(1 << 31), np.uint32(0)) if fmt.kind != "fnuz" else np.uint32(0)
+    )
     table = np.where(np.isnan(values), np.uint32(row.widened_nan) | sign, bits).view(np.float32)
     table.flags.writeable = False
     return table

@@ -89,16 +89,9 @@ class Format:
     @property
     def top(self) -> int:
         """The code of the largest value."""
-        return (self.sign or 1 << self.bits) - 1 - _ABOVE[self.kind](self)
+        above = {"ieee": 1 << self.fraction_bits, "fn": 1, "fnuz": 0, "scale": 1}[self.kind]
+        return (self.sign or 1 << self.bits) - 1 - above
 
-
-# How many positive codes are above that of the largest value.
-_ABOVE = {
-    "ieee": lambda fmt: 1 << fmt.fraction_bits,
-    "fn": lambda fmt: 1,
-    "fnuz": lambda fmt: 0,
-    "scale": lambda fmt: 1,
-}
 
 _INF, _NAN = math.inf, math.nan
 FORMATS = {
@@ -111,9 +104,9 @@ FORMATS = {
         Format("fp16", 5, 10, -14, float.fromhex("0x1.ffcp+15"), _INF, 0x7E00),
         Format("e5m2", 5, 2, -14, 57344.0, _INF, 0x7E),
         Format("e4m3", 4, 3, -6, 448.0, _NAN, 0x7F, "fn"),
-        # The report names E5M6, 12 bits, for the input of the projection after attention, and neither its bias
-        # nor its special codes.  e5m6 is fp16 with a shorter fraction; e5m6fn treats it as E4M3 is treated.
-        # With power-of-two scales of its own range either keeps the same 7 bits of every normal value.
+        # The report has E5M6, 12 bits, for the input of the projection after attention, and says neither its
+        # bias nor its special codes.  e5m6 is fp16 with a shorter fraction; e5m6fn is what E4M3 is to that.
+        # With a power-of-two scale for its own range either keeps the same 7 bits of a normal value.
         Format("e5m6", 5, 6, -14, 65024.0, _INF, 0x7E0),
         Format("e5m6fn", 5, 6, -14, 130048.0, _NAN, 0x7FF, "fn"),
         Format("e4m3fnuz", 4, 3, -7, 240.0, _NAN, 0x80, "fnuz"),
@@ -139,9 +132,7 @@ class Stochastic:
     def numbers(self, first: int, count: int) -> NDArray[np.int64]:
         """The 32-bit numbers of elements first to first + count - 1 of the array.  SPEC FORMAT-5."""
         word, skip = divmod(self.start + first, 2)
-        words = generator.words(
-            generator.tensor_key(self.seed, self.name), word, (skip + count + 1) // 2
-        )
+        words = generator.words(generator.tensor_key(self.seed, self.name), word, (skip + count + 1) // 2)
         return words.astype("<u8", copy=False).view("<u4")[skip : skip + count].astype(np.int64)
 
 
@@ -161,17 +152,16 @@ def round_to(x: ArrayLike, fmt: Format, rounding: Rounding = "nearest") -> Array
     Raises Invalid for a rounding that is neither of ROUNDINGS nor Stochastic.
     """
     if not isinstance(rounding, Stochastic) and rounding not in ROUNDINGS:
-        raise Invalid(f"rounding is {rounding!r}, but it must be one of {', '.join(ROUNDINGS)} or Stochastic.")
+        raise Invalid(
+            f"rounding is {rounding!r}, but it must be one of {', '.join(ROUNDINGS)} or Stochastic."
+        )
     with np.errstate(all="ignore"):  # a signalling NaN of another type warns when it is converted
         x = np.asarray(x, np.float64)
         flat = np.ascontiguousarray(x).reshape(-1)
         result = np.empty_like(flat)
         for at in range(0, flat.size, _BLOCK):
             some = flat[at : at + _BLOCK]
-            if rounding == "nearest":
-                rounded = _nearest(some, fmt)
-            else:
-                rounded = _directed(some, fmt, rounding, at)
+            rounded = _nearest(some, fmt) if rounding == "nearest" else _directed(some, fmt, rounding, at)
             result[at : at + _BLOCK] = _edges(some, rounded, fmt, rounding == "zero")
     return result.reshape(x.shape)
 

@@ -33,10 +33,10 @@ all products of a step, so that its leading digit is at Emax.  K is the outermos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,6 +47,8 @@ from refimpl.numerics.formats import FORMATS, Format, decode
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.unsignedinteger]
+P = TypeVar("P")
+Decode = Callable[[Codes], P]
 
 FP8 = ("e4m3", "e5m2")
 PANEL = 512  # of K that are decoded at a time
@@ -108,13 +110,12 @@ def mma_fp8(
 
     K is a multiple of 32.  SPEC TENSOR-4.  Raises Invalid.
     """
-    formats = fp8(a_format, "a_format"), fp8(b_format, "b_format")
-    out = _accumulator(a, b, c, *formats, 32)
-    for rows, columns, k in tiles(*out.shape, a.shape[1], 32):
-        pa, pb = unpacked(a[rows, k], formats[0]), unpacked(b[columns, k], formats[1])
-        h = chain(pa, pb, None, HMMA).astype(np.float32)
-        with np.errstate(all="ignore"):
-            out[rows, columns] += h
+    fa, fb = fp8(a_format, "a_format"), fp8(b_format, "b_format")
+    out = _accumulator(a, b, c, fa, fb, 32)
+    decode_a, decode_b = partial(unpacked, fmt=fa), partial(unpacked, fmt=fb)
+    with np.errstate(all="ignore"):
+        for rows, columns, _, pa, pb in decoded(a, b, decode_a, decode_b, 32):
+            out[rows, columns] += chain(pa, pb, None, HMMA)
     return canonical(out)
 
 
@@ -140,17 +141,18 @@ def unpacked(codes: Codes, fmt: Format) -> Panel:
     return panel(codes[:, order], fmt, HMMA)
 
 
-def chain(a: Panel, b: Panel, c: Array | None, unit: Unit) -> Array:
-    """a (K, M), b (K, N), c (M, N) float32 values  ->  float64 (M, N) of float32 values.  SPEC TENSOR-3."""
+def chain(a: Panel, b: Panel, c: Single | None, unit: Unit) -> Single:
+    """a (K, M), b (K, N), c (M, N)  ->  float32 (M, N); NaN are any NaN.  SPEC TENSOR-3."""
     (k, m), n = a.values.shape, b.values.shape[1]
-    d = np.zeros((m, n)) if c is None else c
     room = np.empty((unit.products, m, n), unit.carrier)
     with np.errstate(all="ignore"):
+        d = np.zeros((m, n)) if c is None else c.astype(np.float64)
         for at in range(0, k, unit.products):
             now = slice(at, at + unit.products)
             np.multiply(a.values[now, :, None], b.values[now, None, :], out=room)
             d = _step(room, np.matmul(a.powers[now].T, b.powers[now]), d, unit)
-    return d + 0.0  # no negative zero
+        d += 0.0  # no negative zero
+        return d.astype(np.float32)
 
 
 def _step(products: NDArray[Any], power: Array, c: Array, unit: Unit) -> Array:
@@ -213,24 +215,29 @@ def _tables(fmt: Format, unit: Unit) -> tuple[NDArray[Any], Array]:
 
 def _multiply(a: Codes, b: Codes, c: ArrayLike | None, fa: Format, fb: Format, unit: Unit) -> Single:
     out = _accumulator(a, b, c, fa, fb, unit.products)
-    before, pb = None, None
-    for rows, columns, k in tiles(*out.shape, a.shape[1], PANEL):
-        if pb is None or before != (columns, k):
-            before, pb = (columns, k), panel(b[columns, k], fb, unit)
-        pa = panel(a[rows, k], fa, unit)
-        with np.errstate(all="ignore"):
-            out[rows, columns] = chain(pa, pb, out[rows, columns].astype(np.float64), unit)
+    decode_a, decode_b = partial(panel, fmt=fa, unit=unit), partial(panel, fmt=fb, unit=unit)
+    for rows, columns, _, pa, pb in decoded(a, b, decode_a, decode_b, PANEL):
+        out[rows, columns] = chain(pa, pb, out[rows, columns], unit)
     return canonical(out)
 
 
-def tiles(m: int, n: int, k: int, depth: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows, columns and part of K of the tiles, in an order that decodes b once: K ascends, rows innermost."""
+def decoded(
+    a: Codes, b: Codes, decode_a: Decode[P], decode_b: Decode[P], depth: int, height: int = 0
+) -> Iterator[tuple[slice, slice, slice, P, P]]:
+    """The tiles of a b^T: rows, columns and part of K, and the two operands decoded.
+
+    K ascends for every element.  Rows are innermost, so that b is decoded once.
+    """
+    (m, k), n = a.shape, b.shape[0]
     width = max(1, min(n, COLUMNS))
-    height = TILE // width
+    height = height or TILE // width
     for j in range(0, n, width):
         for at in range(0, k, depth):
+            columns, part = slice(j, j + width), slice(at, at + depth)
+            pb = decode_b(b[columns, part])
             for i in range(0, m, height):
-                yield slice(i, i + height), slice(j, j + width), slice(at, at + depth)
+                rows = slice(i, i + height)
+                yield rows, columns, part, decode_a(a[rows, part]), pb
 
 
 def fp8(name: str, argument: str) -> Format:

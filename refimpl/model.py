@@ -60,6 +60,7 @@ def load(
     chosen = choices if isinstance(choices, Choices) else Choices.named(choices)
     if config.has_selection_bias:
         chosen.group_score_count(config)  # refuses groups that are too small
+    weights = weights.with_fp8_rounding(chosen.fp8_weights)
     return Model(config, weights, arithmetic(precision), chosen)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.errors import Invalid, Unsupported
+from refimpl.numerics import casts, formats
 
 Array = NDArray[Any]
 
@@ -35,17 +36,18 @@ def bf16_codes(values: Array, what: str = "the array") -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Dtype:
-    """A number format: the array type of its codes, and its exact decoding (None: not decoded here)."""
+    """A number format: the array type of its codes, and its exact decoding.
+
+    BF16 and FP8 decode to float32, what NumPy has to itself.
+    """
 
     name: str
     codes: np.dtype[Any]
-    decode: Callable[[Array], Array] | None
+    decode: Callable[[Array], Array]
 
-    def value(self, codes: Array, what: str) -> Array:
-        """Decoded exactly: BF16 to float32, what NumPy has as it is.  Raises Unsupported for FP8."""
-        if self.decode is None:
-            raise Unsupported(f"{what} is stored as {self.name}, but to be decoded it must not be FP8.")
-        return self.decode(codes)
+
+def _eight_bits(fmt: formats.Format) -> Callable[[Array], Array]:
+    return lambda codes: casts.widen(codes, fmt)
 
 
 def _native(codes: Array) -> Array:
@@ -66,18 +68,18 @@ DTYPES: Final[Mapping[str, Dtype]] = {
         ("F16", "<f2", _native),
         ("U16", "<u2", _native),
         ("I16", "<i2", _native),
-        ("F8_E8M0", "u1", None),
-        ("F8_E4M3", "u1", None),
-        ("F8_E5M2", "u1", None),
+        ("F8_E5M2FNUZ", "u1", _eight_bits(formats.E5M2FNUZ)),
+        ("F8_E4M3FNUZ", "u1", _eight_bits(formats.E4M3FNUZ)),
+        ("F8_E8M0", "u1", _eight_bits(formats.UE8M0)),
+        ("F8_E4M3", "u1", _eight_bits(formats.E4M3)),
+        ("F8_E5M2", "u1", _eight_bits(formats.E5M2)),
         ("I8", "i1", _native),
         ("U8", "u1", _native),
         ("BOOL", "?", _native),
     )
 }
 ORDER: Final = {name: index for index, name in enumerate(DTYPES)}
-OTHERS: Final = frozenset(
-    {"F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-)  # in the format, not read
+OTHERS: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2", "C64"})  # in the format, not read
 
 _PLAIN: Final = {d.codes: d for d in DTYPES.values() if d.decode is _native}
 

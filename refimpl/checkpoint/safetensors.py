@@ -72,11 +72,11 @@ class TensorFile(Mapping[str, Array]):
             raise Invalid(f"slice {start}:{start + count} of tensor {name} must lie in its {size} elements.")
         dtype = DTYPES[entry.dtype]
         codes = self._read(name, entry, entry.begin + start * dtype.codes.itemsize, count)
-        return dtype.value(codes, f"tensor {name} in {self.path}")
+        return dtype.decode(codes)
 
     def __getitem__(self, name: str) -> Array:
-        """Decoded exactly, BF16 to float32.  Raises Missing, Unreadable, Unsupported (FP8)."""
-        return DTYPES[self.dtype(name)].value(self.codes(name), f"tensor {name} in {self.path}")
+        """Decoded exactly, BF16 and FP8 to float32.  Raises Missing, Unreadable."""
+        return DTYPES[self.dtype(name)].decode(self.codes(name))
 
     value = __getitem__
 

@@ -6,17 +6,20 @@ the order of the computation.  An alias can be looked up and gives its parameter
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
+from refimpl.checkpoint import fp8
 from refimpl.checkpoint.dtypes import DTYPES, Array, Stored
 from refimpl.checkpoint.names import ParameterSpec, aliases, known_and_ignored, parameters
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Error, Invalid, Missing, Unsupported
+from refimpl.numerics import blockscale
 
 _DECODED = ("F64", "F32", "F16", "BF16")
 
@@ -32,6 +35,7 @@ class Weights(Mapping[str, Array], ABC):
 
     in_memory: ClassVar[bool] = False  # so that looking at all values before any computation is cheap
     always_finite: ClassVar[bool] = False  # so that there is no need to look
+    fp8_rounding: str = "float32"  # of dequantised weights: the choice fp8_weights
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -67,7 +71,9 @@ class Weights(Mapping[str, Array], ABC):
     def stored_codes(self, name: str) -> Array: ...
 
     def stored_value(self, name: str) -> Array:
-        return DTYPES[self.stored_dtype(name)].value(self.stored_codes(name), f"tensor {name}")
+        if self._is_quantised(name):
+            return fp8.weight(self.quantised(name), self.fp8_rounding)
+        return DTYPES[self.stored_dtype(name)].decode(self.stored_codes(name))
 
     # What everyone asks for.
 
@@ -100,10 +106,35 @@ class Weights(Mapping[str, Array], ABC):
         """The stored array: BF16 as uint16, FP8 as uint8.  Raises Missing."""
         return self.stored_codes(self._there(name))
 
-    def __getitem__(self, name: str) -> Array:
-        """The decoded array (BF16 as float32).
+    def quantised(self, name: str) -> blockscale.Quantised:
+        """The codes and the scales (as float32) of an FP8 weight.  Raises Missing, Invalid."""
+        stored = self._there(name)
+        dtype = self.stored_dtype(stored)
+        if dtype not in fp8.CODES:
+            raise Invalid(
+                f"tensor {stored} is stored as {dtype}, but to have scales it must be {', '.join(fp8.CODES)}."
+            )
+        refusal = self.refusal(stored, self.shape(stored))
+        if refusal is not None:
+            raise refusal
+        assert self.config.fp8_block is not None  # or it would have been refused
+        scales = self[f"{stored}{fp8.SUFFIX}"]
+        return blockscale.Quantised(
+            self.stored_codes(stored), scales, self.config.fp8_block, fp8.CODES[dtype]
+        )
 
-        Raises Missing; Unsupported for FP8; Invalid at its first reading if it is misshapen or not finite.
+    def with_fp8_rounding(self, rounding: str) -> Self:
+        """The same weights, with FP8 tensors dequantised to `rounding`: float32 or bf16.  SPEC CKPT-9."""
+        if rounding == self.fp8_rounding:
+            return self
+        same = copy.copy(self)
+        same.fp8_rounding = rounding
+        return same
+
+    def __getitem__(self, name: str) -> Array:
+        """The decoded array: BF16 as float32, FP8 dequantised.  SPEC CKPT-9.
+
+        Raises Missing; Invalid at its first reading if it is misshapen or not finite.
         """
         stored = self._there(name)
         refusal = self.refusal(stored, self.shape(name))
@@ -144,15 +175,33 @@ class Weights(Mapping[str, Array], ABC):
             return Invalid(
                 f"tensor {name} has shape {shape}, but by the configuration it must have {required}."
             )
-        if dtype.startswith("F8"):
-            return Unsupported(
-                f"tensor {name} is stored as {dtype}, but it must be one of {', '.join(_DECODED)}."
+        if self.specs[self.canonical(name)].kind == "scale":
+            allowed: tuple[str, ...] = fp8.SCALES
+        elif dtype in fp8.CODES:
+            return self._refusal_of_scales(name, dtype)
+        else:
+            allowed = _DECODED
+        if dtype not in allowed:
+            return Invalid(f"tensor {name} is stored as {dtype}, but it must be one of {', '.join(allowed)}.")
+        return None
+
+    def _refusal_of_scales(self, name: str, dtype: str) -> Error | None:
+        scale = f"{name}{fp8.SUFFIX}"
+        if self.config.fp8_block is None:
+            return Invalid(
+                f"tensor {name} is stored as {dtype}, but then the config must have a quantization_config "
+                f"with quant_method fp8."
             )
-        if dtype not in _DECODED:
+        if scale not in self.specs:
             return Invalid(
                 f"tensor {name} is stored as {dtype}, but it must be one of {', '.join(_DECODED)}."
             )
-        return None
+        if scale not in self._present:
+            return Missing(f"tensor {scale} is missing, but {name}, stored as {dtype}, must have it.")
+        return self.refusal(scale, self.specs[scale].shape)
+
+    def _is_quantised(self, name: str) -> bool:
+        return self.stored_dtype(name) in fp8.CODES
 
 
 def require_finite(name: str, value: Array) -> None:
@@ -257,5 +306,10 @@ class FolderWeights(Weights):
         if refusal is not None:
             raise refusal
         value: Array = self._files[stored].slice(stored, start, count)
+        if self._is_quantised(stored):
+            block, scales = self.config.fp8_block, self[f"{stored}{fp8.SUFFIX}"]
+            assert block is not None  # or it would have been refused
+            value = fp8.elements(value, scales, block, self.shape(stored)[1], start)
+            value = fp8.rounded(value, self.fp8_rounding)
         require_finite(f"{stored} from element {start}", value)
         return value

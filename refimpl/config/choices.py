@@ -108,6 +108,16 @@ CHOICES: Final[tuple[Choice, ...]] = (
         "the released code; the same for V3 itself (8 / 4)",
     ),
     Choice(
+        "fp8_weights",
+        "What is an FP8 weight of a checkpoint, where it is dequantised?",
+        {
+            "float32": "code times scale, rounded once to float32",
+            "bf16": f"that, rounded to bfloat16: fp8_cast_bf16.py and weight_dequant of {DEMO}",
+        },
+        "float32",
+        "nothing is lost that the checkpoint has; kernels that run on the codes do not round weights either",
+    ),
+    Choice(
         "latent_norm_epsilon",
         "Which epsilon do q_a_layernorm and kv_a_layernorm have?",
         {
@@ -147,6 +157,7 @@ class Choices:
     topk_norm_single: str = _chosen("topk_norm_single")
     v2_topk_norm: str = _chosen("v2_topk_norm")
     group_score_size: str = _chosen("group_score_size")
+    fp8_weights: str = _chosen("fp8_weights")
     latent_norm_epsilon: str = _chosen("latent_norm_epsilon")
     loss_divisor: str = _chosen("loss_divisor")
 

@@ -164,7 +164,7 @@ def dequantise(q: Quantised) -> Single:
 
 
 def requantise(q: Quantised, recipe: str, tile: Tile = TRANSPOSED) -> Quantised:
-    """The same matrix in other tiles, through float32; its `.transposed` is what Wgrad reads.  SPEC SCALE-5."""
+    """The same matrix in other tiles, through float32; Wgrad reads its `.transposed`.  SPEC SCALE-5."""
     return quantise(dequantise(q), recipe, tile, q.format)
 
 
@@ -215,7 +215,8 @@ def _bits(scale: Single) -> Single:
 def _clamped(scale: Single) -> Single:
     code = scale.view(np.uint32)
     exponent = (code >> np.uint32(23) & np.uint32(0xFF)) + ((code & np.uint32(0x7F_FFFF)) != 0)
-    return (np.clip(exponent, 1, 254).astype(np.uint32) << np.uint32(23)).view(np.float32)
+    power: Single = (np.clip(exponent, 1, 254).astype(np.uint32) << np.uint32(23)).view(np.float32)
+    return power
 
 
 def _log2(scale: Single) -> Single:
@@ -224,7 +225,8 @@ def _log2(scale: Single) -> Single:
     # log2(1 + t) = t (1 - t / 2 + ...) / ln 2; beyond t = 2^-16 no float32 rounds the sum down to k
     logarithm = (k + t * (1.0 - 0.5 * t) * 1.4426950408889634).astype(np.float32)
     k = k + ((logarithm > k) | (t > 2.0**-16))
-    return np.where(np.isfinite(scale) & (scale > 0), np.ldexp(np.float32(1), k.astype(np.int32)), scale)
+    power: Single = np.ldexp(1.0, k.astype(np.int32)).astype(np.float32)
+    return np.where(np.isfinite(scale) & (scale > 0), power, scale)
 
 
 _POWERS: dict[str, Callable[[Single], Single]] = {

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from refimpl.errors import Invalid
 from refimpl.numerics.contraction import contract, dot
 from refimpl.numerics.float32 import Single, canonical, fma, to_bf16
-from refimpl.numerics.formats import Format, decode
+from refimpl.numerics.formats import Format
 from refimpl.numerics.tensorcore import (
     HMMA,
     QGMMA,
@@ -50,6 +50,7 @@ from refimpl.numerics.tensorcore import (
     fp8,
     panel,
     unpacked,
+    values,
     wgmma_fp8,
 )
 
@@ -194,7 +195,7 @@ def _exact(a: Codes, sa: Single, b: Codes, sb: Single, fa: Format, fb: Format) -
     height = max(1, _EXACT // a.shape[1])
 
     def scaled(codes: Codes, scale: Single, fmt: Format) -> Array:
-        return decode(codes, fmt) * np.repeat(scale, BLOCK, axis=1)
+        return values(codes, fmt) * np.repeat(scale, BLOCK, axis=1)
 
     for j in range(0, len(b), height):
         columns = scaled(b[j : j + height], sb[j : j + height], fb)
@@ -209,7 +210,7 @@ KERNELS = {
     "cublas": Kernel(_qgmma_panel, _wgmma, _scales_first),
     "triton_wgmma": Kernel(_qgmma_panel, _wgmma, _scales_after),
     "triton_mma": Kernel(unpacked, _mma, _scales_after),
-    "promote_fp32": Kernel(decode, _sum, _scales_first, 256),
+    "promote_fp32": Kernel(values, _sum, _scales_first, 256),
 }
 NAMES = (*KERNELS, "cublas_tensor", "exact")
 OUTPUTS: dict[str, Callable[[Single], Any]] = {"fp32": lambda x: x, "bf16": to_bf16}

@@ -127,6 +127,11 @@ class Panel:
     powers: Array  # (K, R): 2^(digit e), and zero for zero
 
 
+def values(codes: Codes, fmt: Format) -> Array:
+    """codes (...)  ->  float64 (...), by a table."""
+    return _tables(fmt, HMMA)[0].take(codes)
+
+
 def panel(codes: Codes, fmt: Format, unit: Unit) -> Panel:
     """codes (R, K)  ->  the operand of `chain`."""
     values, powers = _tables(fmt, unit)
@@ -149,7 +154,7 @@ def chain(a: Panel, b: Panel, c: Single | None, unit: Unit) -> Single:
         d = np.zeros((m, n)) if c is None else c.astype(np.float64)
         for at in range(0, k, unit.products):
             now = slice(at, at + unit.products)
-            np.multiply(a.values[now, :, None], b.values[now, None, :], out=room)
+            np.einsum("km,kn->kmn", a.values[now], b.values[now], out=room)
             d = _step(room, np.matmul(a.powers[now].T, b.powers[now]), d, unit)
         d += 0.0  # no negative zero
         return d.astype(np.float32)
@@ -159,7 +164,7 @@ def _step(products: NDArray[Any], power: Array, c: Array, unit: Unit) -> Array:
     """products (K, M, N), which are overwritten, power = sum 2^(digit E_i), c (M, N)  ->  d (M, N)."""
     emax = power.view(np.int64) >> 52
     emax //= unit.digit
-    _raise_to_accumulator(emax, c)
+    np.maximum(emax, _exponent(c, unit), out=emax)
     np.maximum(emax, _ORIGIN + unit.lowest, out=emax)
     field = (1023 + unit.fraction + _ORIGIN) - emax
     field <<= 52
@@ -179,12 +184,13 @@ def _step(products: NDArray[Any], power: Array, c: Array, unit: Unit) -> Array:
     return d
 
 
-def _raise_to_accumulator(emax: NDArray[np.int64], c: Array) -> None:
+def _exponent(c: Array, unit: Unit) -> NDArray[np.int64]:
     exponent = c.view(np.int64) >> 52
     exponent &= 0x7FF
     exponent -= 1023 - _ORIGIN
-    np.maximum(exponent, _ORIGIN - 126, out=exponent, where=c != 0)
-    np.maximum(emax, exponent, out=emax)
+    if unit.lowest < -126:  # else all exponents are about to be raised to -126 anyway
+        np.maximum(exponent, _ORIGIN - 126, out=exponent, where=c != 0)
+    return exponent
 
 
 def _fit(d: Array) -> None:

@@ -6,8 +6,8 @@ p_k is the product over the 128 codes of block k, and all additions happen in th
 
     kernel         p_k                                       acc <-
     deepgemm       4 steps of wgmma from zero                fma(RN(sa sb), p_k, acc)
-    cublas         the same                                  the same, in `split` equal parts of K; the results of
-                                                             the parts are added in their order
+    cublas         the same                                  the same, in `split` equal parts of K, whose
+                                                             results are added in their order
     triton_wgmma   the same                                  fma(RN(p_k sa), sb, acc)
     triton_mma     8 steps of FP16 mma from zero (TENSOR-4)  fma(RN(p_k sa), sb, acc)
     promote_fp32   RN of the exact sum                       fma(RN(sa sb), p_k, acc)
@@ -63,7 +63,7 @@ _EXACT = 1 << 20  # codes of an operand of `exact` at a time
 class Kernel:
     """A row of the table of GEMM-1."""
 
-    decode: Callable[[Codes, Format], Any]  # codes (R, 128)  ->  an operand of `partial`
+    decode: Callable[..., Any]  # codes (R, 128), fmt  ->  operand of `partial`
     partial: Callable[[Any, Any], Single]  # p_k (M, N)
     promote: Callable[[Single, Single, Single, Single], Single]  # p_k, sa (M, 1), sb (1, N), acc  ->  acc
     height: int = 0  # rows of a tile, if not what suits the tensor cores
@@ -105,7 +105,8 @@ def gemm_fp8(
             else:
                 row = _for_formats(KERNELS[kernel], a_format, b_format)
                 result = _added([_blocks(row, a, a_scale, b, b_scale, fa, fb, part) for part in parts])
-    return OUTPUTS[out](canonical(result))
+    canonical(result)
+    return to_bf16(result) if out == "bf16" else result
 
 
 def _blocks(
@@ -114,14 +115,8 @@ def _blocks(
     """GEMM-1 over a part of K; sb has a row for every row of b."""
     acc = np.zeros((len(a), len(b)), np.float32)
     first = part.start // BLOCK
-    for rows, columns, k, pa, pb in decoded(
-        a[:, part],
-        b[:, part],
-        partial(kernel.decode, fmt=fa),
-        partial(kernel.decode, fmt=fb),
-        BLOCK,
-        kernel.height,
-    ):
+    decode_a, decode_b = partial(kernel.decode, fmt=fa), partial(kernel.decode, fmt=fb)
+    for rows, columns, k, pa, pb in decoded(a[:, part], b[:, part], decode_a, decode_b, BLOCK, kernel.height):
         block = first + k.start // BLOCK
         p = kernel.partial(pa, pb)
         acc[rows, columns] = kernel.promote(
@@ -213,7 +208,7 @@ KERNELS = {
     "promote_fp32": Kernel(values, _sum, _scales_first, 256),
 }
 NAMES = (*KERNELS, "cublas_tensor", "exact")
-OUTPUTS: dict[str, Callable[[Single], Any]] = {"fp32": lambda x: x, "bf16": to_bf16}
+OUTPUTS = ("fp32", "bf16")
 
 
 def _for_formats(kernel: Kernel, *formats: str) -> Kernel:

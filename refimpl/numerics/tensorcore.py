@@ -254,7 +254,7 @@ def fp8(name: str, argument: str) -> Format:
 
 
 def check_operands(a: Codes, b: Codes, a_format: Format, b_format: Format, step: int) -> tuple[int, int, int]:
-    """(M, N, K) of a (M, K) and b (N, K), codes of their formats with K a multiple of `step`.  Raises Invalid."""
+    """a (M, K) and b (N, K), codes with K a multiple of `step`  ->  (M, N, K).  Raises Invalid."""
     for name, codes, fmt in (("a", a, a_format), ("b", b, b_format)):
         found = getattr(codes, "dtype", type(codes).__name__)
         if found != fmt.code_type:

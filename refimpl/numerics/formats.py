@@ -108,7 +108,7 @@ FORMATS = {
         # bias nor its special codes.  e5m6 is fp16 with a shorter fraction; e5m6fn is what E4M3 is to that.
         # With a power-of-two scale for its own range either keeps the same 7 bits of a normal value.
         Format("e5m6", 5, 6, -14, 65024.0, _INF, 0x7E0),
-        Format("e5m6fn", 5, 6, -14, 130048.0, _NAN, 0x7FF, "fn"),
+        Format("e5m6fn", 5, 6, -14, 129024.0, _NAN, 0x7FF, "fn"),
         Format("e4m3fnuz", 4, 3, -7, 240.0, _NAN, 0x80, "fnuz"),
         Format("e5m2fnuz", 5, 2, -15, 57344.0, _NAN, 0x80, "fnuz"),
         Format("ue8m0", 8, 0, -127, 2.0**127, _NAN, 0xFF, "scale"),
@@ -270,10 +270,11 @@ def _directed(x: Array, fmt: Format, rounding: Rounding, first: int) -> Array:
 
 def _edges(x: Array, rounded: Array, fmt: Format, clamp: bool) -> Array:
     fits = np.abs(rounded) <= fmt.largest
+    fits &= x == x  # rounding the bits of a NaN can carry beyond them and leave a zero
     if not fits.all():
         limit = np.where(clamp & np.isfinite(x), fmt.largest, fmt.overflow)
         beyond = np.where(np.isnan(x), np.nan, np.copysign(limit, x))
-        rounded = np.where(fits & ~np.isnan(x), rounded, beyond)
+        rounded = np.where(fits, rounded, beyond)
     if fmt.kind == "fnuz":
         rounded = rounded + 0.0  # no negative zero
     if fmt.kind == "scale":

@@ -1,4 +1,4 @@
-"""Formats against exact fractions, NumPy's and ml_dtypes' casts, and all codes of 16 bits."""
+"""Formats against exact fractions, NumPy's and ml_dtypes' casts, and all codes of at most 16 bits."""
 
 import itertools
 import math
@@ -10,23 +10,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl.numerics.formats import BF16, FORMATS, FP16, FP32, TF32, decode, encode, round_to
+from refimpl.errors import Invalid
+from refimpl.numerics import formats as table
+from refimpl.numerics import generator
+from refimpl.numerics.formats import (
+    BF16,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    E5M6,
+    E5M6FN,
+    FORMATS,
+    FP16,
+    FP32,
+    TF32,
+    UE8M0,
+    Stochastic,
+    decode,
+    encode,
+    round_to,
+)
 
-ALL = [FP32, TF32, BF16, FP16]
+ALL = [FP32, TF32, BF16, FP16, E5M2, E4M3, E5M6, E5M6FN, E4M3FNUZ, E5M2FNUZ]  # UE8M0 has tests of its own
+EIGHT = [
+    (E4M3, ml_dtypes.float8_e4m3fn),
+    (E5M2, ml_dtypes.float8_e5m2),
+    (E4M3FNUZ, ml_dtypes.float8_e4m3fnuz),
+    (E5M2FNUZ, ml_dtypes.float8_e5m2fnuz),
+]
 SIXTEEN = [(BF16, ml_dtypes.bfloat16), (FP16, np.float16)]
 SINGLE = [*SIXTEEN, (FP32, np.float32)]
 formats = pytest.mark.parametrize("fmt", ALL, ids=[f.name for f in ALL])
+eight = pytest.mark.parametrize(("fmt", "dtype"), EIGHT, ids=[f.name for f, _ in EIGHT])
 sixteen = pytest.mark.parametrize(("fmt", "dtype"), SIXTEEN, ids=["bf16", "fp16"])
 
 
 def twin(x, fmt):
     """Round by the definition, in exact fractions."""
-    if math.isnan(x) or math.isinf(x) or x == 0.0:
+    if math.isnan(x):
         return x
+    if math.isinf(x):
+        return math.copysign(fmt.overflow, x)
     exponent = max(math.frexp(x)[1] - 1, fmt.smallest_exponent)
     step = Fraction(2) ** (exponent - fmt.fraction_bits)
     y = round(abs(Fraction(x)) / step) * step  # Fraction rounds halves to even
-    return math.copysign(float(y) if y <= Fraction(fmt.largest) else fmt.overflow, x)
+    size = float(y) if y <= Fraction(fmt.largest) else fmt.overflow
+    return 0.0 if size == 0 and fmt.kind == "fnuz" else math.copysign(size, x)
 
 
 def assert_same(made, expected):
@@ -41,7 +71,7 @@ def ties_and_neighbours(fmt, codes):
     """The values of codes, the middles to their successors, and the float64 next to each."""
     value, above = decode(codes, fmt), decode(codes + 1, fmt)
     keep = np.isfinite(value)
-    value, above = value[keep], np.where(np.isinf(above), 2 * value - decode(codes - 1, fmt), above)[keep]
+    value, above = value[keep], np.where(np.isfinite(above), above, 2 * value - decode(codes - 1, fmt))[keep]
     grid = np.concatenate([value, (value + above) / 2])
     grid = np.concatenate([grid, np.nextafter(grid, np.inf), np.nextafter(grid, -np.inf)])
     return np.concatenate([grid, -grid])
@@ -50,15 +80,21 @@ def ties_and_neighbours(fmt, codes):
 @formats
 def test_table_is_consistent_with_the_bit_layout(fmt):
     bias = 1 - fmt.smallest_exponent
-    assert bias == (1 << fmt.exponent_bits - 1) - 1
-    assert fmt.largest == (2 - 2.0**-fmt.fraction_bits) * 2.0**bias
-    assert fmt.nan == ((1 << fmt.exponent_bits + 1) - 1) << fmt.fraction_bits - 1
+    assert bias == (1 << fmt.exponent_bits - 1) - (fmt.kind != "fnuz")
+    assert decode([fmt.top], fmt) == fmt.largest
+    assert np.isnan(decode([fmt.nan], fmt))
+    beyond = decode([fmt.top + 1], fmt)[0]
+    assert np.isposinf(beyond) if fmt.kind == "ieee" else np.isnan(beyond)
+    if fmt.kind == "ieee":
+        assert fmt.largest == (2 - 2.0**-fmt.fraction_bits) * 2.0**bias
+        assert fmt.nan == ((1 << fmt.exponent_bits + 1) - 1) << fmt.fraction_bits - 1
     assert FORMATS[fmt.name] is fmt
 
 
 @pytest.mark.parametrize(
     ("fmt", "info"),
-    [(FP32, np.finfo(np.float32)), (FP16, np.finfo(np.float16)), (BF16, ml_dtypes.finfo("bfloat16"))],
+    [(FP32, np.finfo(np.float32)), (FP16, np.finfo(np.float16)), (BF16, ml_dtypes.finfo("bfloat16"))]
+    + [(fmt, ml_dtypes.finfo(dtype)) for fmt, dtype in EIGHT],
 )
 def test_limits_are_those_of_numpy_and_ml_dtypes(fmt, info):
     assert fmt.largest == float(info.max)
@@ -93,8 +129,7 @@ def test_random_bits_of_every_range_round_as_exact_fractions(fmt):
 def test_ties_and_their_neighbours_round_as_exact_fractions(fmt):
     top = (1 << fmt.bits - 1) - 1
     at = [1, 2, 3, 1 << fmt.fraction_bits, (1 << fmt.exponent_bits - 1) << fmt.fraction_bits, fmt.nan & top]
-    infinity = ((1 << fmt.exponent_bits) - 1) << fmt.fraction_bits
-    codes = np.unique(np.clip(np.add.outer([*at, infinity], np.arange(-20, 20)), 1, infinity - 1))
+    codes = np.unique(np.clip(np.add.outer([*at, fmt.top + 1], np.arange(-20, 20)), 1, fmt.top))
     x = ties_and_neighbours(fmt, codes)
     assert_same(round_to(x, fmt), [twin(v, fmt) for v in x.tolist()])
 
@@ -172,30 +207,27 @@ def test_encoding_rounds_first(fmt, dtype):
 
 @formats
 def test_overflow_starts_half_a_step_above_the_largest_value(fmt):
-    edge = fmt.largest * (1 + fmt.roundoff / (2 - 2 * fmt.roundoff))  # exact in float64
-    assert round_to([math.nextafter(edge, 0), edge, -edge], fmt).tolist() == [fmt.largest, np.inf, -np.inf]
+    step = 2.0 ** (math.frexp(fmt.largest)[1] - 1 - fmt.fraction_bits)
+    edge = fmt.largest + step / 2  # exact in float64; a tie, which goes to the even code
+    at_edge = fmt.overflow if fmt.top % 2 else fmt.largest
+    x = [math.nextafter(edge, 0), edge, -edge, math.nextafter(edge, math.inf)]
+    assert_same(round_to(x, fmt), [fmt.largest, at_edge, math.copysign(at_edge, -1), fmt.overflow])
 
 
 @formats
 def test_special_values(fmt):
-    x = [
-        0.0,
-        -0.0,
-        np.inf,
-        -np.inf,
-        np.nan,
-        5e-324,
-        -5e-324,
-        fmt.smallest,
-        fmt.smallest / 2,
-        fmt.smallest * 0.75,
-    ]
-    expected = [0.0, -0.0, np.inf, -np.inf, np.nan, 0.0, -0.0, fmt.smallest, 0.0, fmt.smallest]
+    least, minus = fmt.smallest, 0.0 if fmt.kind == "fnuz" else -0.0
+    x = [0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324, least, least / 2, least * 0.75]
+    over = fmt.overflow
+    expected = [0.0, minus, over, math.copysign(over, -1), np.nan, 0.0, minus, least, 0.0, least]
     with np.errstate(all="raise"):
         assert_same(round_to(x, fmt), expected)
         assert_same(decode(encode(x, fmt), fmt), expected)
     odd = np.array([0x7FF0000000000001, 0x7FFFFFFFFFFFFFFF, -1], np.int64).view(np.float64)
     assert np.array_equal(round_to(odd, fmt).view(np.int64), np.full(3, np.nan).view(np.int64))
+    for alone in odd:  # with no infinity beside it
+        assert np.isnan(round_to(alone, fmt))
+        assert encode(alone, fmt) == fmt.nan
 
 
 @formats
@@ -215,3 +247,123 @@ def test_the_argument_is_left_as_it_was(fmt):
     x = np.array([1 / 3, np.inf, 1e-300])
     round_to(x, fmt)
     assert x.tolist() == [1 / 3, np.inf, 1e-300]
+
+
+@eight
+def test_all_codes_of_8_bits_decode_as_in_ml_dtypes_and_round_trip(fmt, dtype):
+    codes = np.arange(256).astype(np.uint8)
+    values = decode(codes, fmt)
+    assert_same(values, codes.view(dtype).astype(np.float64))
+    back = encode(values, fmt)
+    assert back.dtype == np.uint8
+    assert np.array_equal(back, np.where(np.isnan(values), fmt.nan, codes))
+
+
+@pytest.mark.parametrize("fmt", [E5M6, E5M6FN], ids=["e5m6", "e5m6fn"])
+def test_all_codes_of_12_bits_are_the_upper_bits_of_fp16_and_round_trip(fmt):
+    codes = np.arange(1 << 12)
+    values = decode(codes, fmt)
+    finite = np.isfinite(decode(codes << 4, FP16))
+    assert_same(values[finite], decode(codes << 4, FP16)[finite])
+    back = encode(values, fmt)
+    assert back.dtype == np.uint16
+    assert np.array_equal(back, np.where(np.isnan(values), fmt.nan, codes))
+    assert np.isfinite(values).sum() == (2 * 31 << 6 if fmt is E5M6 else (1 << 12) - 2)
+
+
+def test_ue8m0_has_powers_of_two_and_nan():
+    values = decode(np.arange(256), UE8M0)
+    assert_same(values, [*(2.0 ** np.arange(-127, 128)), np.nan])
+    assert np.array_equal(encode(values, UE8M0), np.arange(256))
+    x = [
+        0.0,
+        -0.0,
+        1e-300,
+        2.0**-127,
+        1.5 * 2.0**-127,
+        0.75,
+        1.0,
+        1.5,
+        3.0,
+        3.1,
+        1.6 * 2.0**127,
+        np.inf,
+        -1.0,
+    ]
+    assert encode(x, UE8M0).tolist() == [0, 0, 0, 0, 0, 126, 127, 128, 128, 129, 255, 255, 255]
+    assert encode(x, UE8M0, "away").tolist() == [0, 0, 0, 0, 1, 127, 127, 128, 129, 129, 255, 255, 255]
+    assert encode(x, UE8M0, "zero").tolist() == [0, 0, 0, 0, 0, 126, 127, 127, 128, 128, 254, 255, 255]
+
+
+def neighbours(x, fmt):
+    """The values of the format below and above |x|, in exact fractions, without an end."""
+    exponent = max(math.frexp(x)[1] - 1, fmt.smallest_exponent)
+    step = Fraction(2) ** (exponent - fmt.fraction_bits)
+    below = abs(Fraction(x)) // step * step
+    return below, step
+
+
+@formats
+def test_directed_rounding_is_that_of_exact_fractions(fmt):
+    rng = np.random.default_rng(4)
+    low, high = (int(np.float64(v).view(np.int64)) for v in (fmt.smallest / 4, fmt.largest))
+    x = rng.integers(low, high, 2000).view(np.float64) * rng.choice([-1.0, 1.0], 2000)
+    x[:200] = round_to(x[:200], fmt)  # values of the format stay
+    for rounding in ("zero", "away"):
+        expected = []
+        for v in x.tolist():
+            below, step = neighbours(v, fmt)
+            size = float(below + (step if rounding == "away" and below != abs(Fraction(v)) else 0))
+            size = size if size <= fmt.largest else fmt.overflow
+            expected.append(0.0 if size == 0 and fmt.kind == "fnuz" else math.copysign(size, v))
+        assert_same(round_to(x, fmt, rounding), expected)
+
+
+@formats
+def test_toward_zero_never_overflows_and_keeps_infinity(fmt):
+    x = [1.5e308, -1.5e308, math.inf, math.nextafter(fmt.largest, math.inf)]
+    assert_same(round_to(x, fmt, "zero"), [fmt.largest, -fmt.largest, fmt.overflow, fmt.largest])
+    assert_same(round_to(x, fmt, "away"), [fmt.overflow, -fmt.overflow, fmt.overflow, fmt.overflow])
+
+
+@formats
+def test_stochastic_rounding_compares_the_distance_with_the_random_number(fmt):
+    rng = np.random.default_rng(5)
+    low, high = (int(np.float64(v).view(np.int64)) for v in (fmt.smallest / 4, fmt.largest / 2))
+    x = rng.integers(low, high, 2001).view(np.float64) * rng.choice([-1.0, 1.0], 2001)
+    x[:100] = round_to(x[:100], fmt)
+    words = generator.words(generator.tensor_key(7, "r"), 0, 1001).tolist()
+    numbers = [half for word in words for half in (word & 0xFFFFFFFF, word >> 32)]
+    expected = []
+    for v, r in zip(x.tolist(), numbers, strict=False):
+        below, step = neighbours(v, fmt)
+        distance = (abs(Fraction(v)) - below) / step
+        size = float(below + (step if (distance * 2**32) // 1 + r >= 2**32 else 0))
+        expected.append(math.copysign(size, v) if size or fmt.kind != "fnuz" else 0.0)
+    assert_same(round_to(x, fmt, Stochastic(7, "r")), expected)
+    assert_same(round_to(x[777:], fmt, Stochastic(7, "r", 777)), expected[777:])
+
+
+def test_stochastic_rounding_is_unbiased_in_the_mean_and_keeps_what_is_exact():
+    n = 1 << 16
+    made = round_to(np.full(n, 1.03125), E4M3, Stochastic(1, "mean"))  # a quarter of the way to 1.125
+    assert set(made.tolist()) == {1.0, 1.125}
+    assert abs((made == 1.125).mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
+    exact = decode(np.arange(0x7F), E4M3)
+    assert_same(round_to(exact, E4M3, Stochastic(1, "exact")), exact)
+
+
+def test_what_is_not_a_format_a_rounding_or_a_code_is_refused():
+    with pytest.raises(Invalid, match=r"the format is 'fp8', but it must be one of fp32, .*\.$"):
+        table.named("fp8")
+    assert table.named("e4m3") is E4M3
+    with pytest.raises(
+        Invalid, match=r"rounding is 'up', but it must be one of nearest, zero, away or Stoch"
+    ):
+        round_to(1.0, E4M3, "up")
+    with pytest.raises(Invalid, match=r"codes have the value 4096, but those of e5m6 must be 0 to 4095\.$"):
+        decode(np.array([0, 4096], np.uint16), E5M6)
+    with pytest.raises(Invalid, match=r"codes have the value -1, but those of e4m3 must be 0 to 255\.$"):
+        decode([-1], E4M3)
+    with pytest.raises(Invalid, match=r"codes have the type float64, but they must be integers of 8 bits\.$"):
+        decode([1.0], E4M3)

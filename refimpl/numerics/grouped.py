@@ -59,7 +59,9 @@ def masked(
     *,
     out: str = "fp32",
 ) -> Result:
-    """a (G, T, K), b (G, N, K) with their scales, counts (G,)  ->  (G, T, N).  SPEC GEMM-6.  Raises Invalid."""
+    """a (G, T, K), b (G, N, K) with their scales, counts (G,)  ->  (G, T, N).  SPEC GEMM-6.
+
+    Raises Invalid."""
     experts = _check_experts(b, b_scale)
     if a.ndim != 3 or len(a) != experts:
         raise Invalid(f"a has the shape {a.shape}, but for {experts} groups it must be ({experts}, T, K).")
@@ -136,6 +138,6 @@ def _check_groups(group: NDArray[np.integer], tokens: int, experts: int, alignme
         used = np.count_nonzero(tile >= 0)
         if used and not ((tile[:used] == tile[0]).all() and tile[0] >= 0):
             raise Invalid(
-                f"group mixes experts or padding in rows {at} to {at + len(tile) - 1}, but a tile of {alignment} "
-                "rows must have tokens of one expert and then padding."
+                f"group mixes experts or padding in rows {at} to {at + len(tile) - 1}, but a tile of "
+                f"{alignment} rows must have tokens of one expert and then padding."
             )

@@ -68,11 +68,11 @@ class Unit:
     lowest: int  # for FP8 that of c, which nothing can be below
     digit: int  # 2^digit > products
     carrier: type[np.float32] | type[np.float64]  # holds the products
-    scale: float  # fraction - Emax is at most this while a product is not zero, as a power of two
+    scales: tuple[float, float]  # 2^(fraction - Emax) is between these if c is finite and a product not zero
 
 
-QGMMA = Unit(32, 13, 13, -126, 7, np.float32, 2.0 ** (13 + 28))
-HMMA = Unit(16, 25, 23, -133, 5, np.float64, 2.0 ** (25 + 133))
+QGMMA = Unit(32, 13, 13, -126, 7, np.float32, (2.0 ** (13 - 127), 2.0 ** (13 + 28)))
+HMMA = Unit(16, 25, 23, -133, 5, np.float64, (2.0 ** (25 - 254), 2.0 ** (25 + 133)))
 
 # k mod 32 in the order in which the unpacked FP8 operands of mma.sync are multiplied
 UNPACKED = np.array(sorted(range(32), key=lambda k: (k % 4 >= 2, k)))
@@ -169,8 +169,9 @@ def _step(products: NDArray[Any], power: Array, c: Array, unit: Unit) -> Array:
     field = (1023 + unit.fraction + _ORIGIN) - emax
     field <<= 52
     scale = field.view(np.float64)  # 2^(fraction - Emax): the addends become integers and a rest
-    # Where only c takes part, the scale can be more than a float32 holds: the products are zeros then.
-    products *= np.minimum(scale, unit.scale).astype(unit.carrier)
+    # Where all products are zero the scale may be more than float32 holds, where c is infinite less; neither
+    # may make NaN of the products.
+    products *= np.clip(scale, *unit.scales).astype(unit.carrier)
     np.trunc(products, out=products)
     d = c * scale
     np.trunc(d, out=d)

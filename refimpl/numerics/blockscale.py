@@ -14,7 +14,7 @@ nothing but NaN has the scale NaN).  `spread`: one NaN makes s a NaN.
 SCALE-3, powers of two.  `bits`: s is rounded up to a power of two.  `clamped`: likewise, and its exponent
 field is then clamped to 1 to 254, which makes infinity and NaN 2^127.  `log2`: 2^ceil(log2f(s)), where log2f
 rounds: a few units above 2^k its float32 result is k, and s becomes 2^k.  log2f is modelled as the float32
-nearest to the logarithm; no result within 0.1 units of 2^-23 of the logarithm there has another ceiling.
+nearest to the logarithm; its ceiling is the library's for every normal float32, as tried on an H100.
 
 SCALE-4, codes.  The quotient is `divide`: RN(x / s), `inverse`: RN(x RN(1 / s)), or `div.full` (RCP-2); with
 `clamp`, fmin(fmax(q, -top), top), which makes a NaN -top; then the cast (CAST-1).  A NaN that was computed is

@@ -4,7 +4,7 @@ RCP-1, MUFU.RCP (PTX rcp.approx.ftz.f32).  For normal x = (1 + i 2^-23) 2^e the 
 the float32 nearest to 1 / (1 + i 2^-23), plus d(i) - 1, with the exponent lowered by e.  d, 0 to 2, is
 recorded for all 2^23 fractions i on an H100 and kept in `mufu_rcp.xz`, two bits each from the lowest up;
 no formula for it is known here.  Subnormal x counts as zero and a subnormal result is zero; zero gives
-infinity and infinity gives zero, with the sign of x.  (These edges are PTX's definition, not recorded.)
+infinity and infinity gives zero, with the sign of x.
 
 RCP-2, div.full.f32, which Triton's x / s becomes: RN(x RCP(s)), for |s| above 2^126 after multiplying both by
 2^-2, and for subnormal s by 2^24.

@@ -77,8 +77,7 @@ def test_we_read_what_the_library_writes(tmp_path):
     for name, array in arrays().items():
         assert file.shape(name) == array.shape
         assert file.codes(name).tobytes() == array.tobytes()
-        if not file.dtype(name).startswith("F8"):
-            assert np.array_equal(file[name].astype(np.float64), array.astype(np.float64))
+        assert np.array_equal(file[name].astype(np.float64), array.astype(np.float64))
 
 
 def test_the_order_of_the_mapping_does_not_matter(tmp_path):
@@ -120,12 +119,45 @@ def test_a_slice_is_a_part(tmp_path):
             file.slice("x", start, count)
 
 
-def test_fp8_has_codes_and_no_value(tmp_path):
-    write(tmp_path / "a", as_stored(arrays()))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+        ("F8_E5M2", ml_dtypes.float8_e5m2),
+        ("F8_E8M0", ml_dtypes.float8_e8m0fnu),
+        ("F8_E4M3FNUZ", ml_dtypes.float8_e4m3fnuz),
+        ("F8_E5M2FNUZ", ml_dtypes.float8_e5m2fnuz),
+    ],
+)
+def test_every_fp8_code_decodes_exactly(tmp_path, name, dtype):
+    codes = np.arange(256, dtype=np.uint8)
+    write(tmp_path / "a", {"x": Stored(name, codes.shape, codes)})
     file = open_file(tmp_path / "a")
-    assert file.codes("t.F8_E4M3").dtype == np.uint8
-    with pytest.raises(Unsupported, match="stored as F8_E4M3"):
-        file["t.F8_E4M3"]
+    assert np.array_equal(file.codes("x"), codes)
+    assert file["x"].dtype == np.float32
+    assert np.array_equal(file["x"], codes.view(dtype).astype(np.float32), equal_nan=True)
+    assert np.array_equal(file.slice("x", 40, 3), file["x"][40:43])
+
+
+@pytest.mark.crosscheck
+def test_the_library_sorts_fp8_as_we_do(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    special = {
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    }
+    plain = {"a": np.arange(3, dtype=np.int16), "b": np.arange(3, dtype=np.int8)}
+    theirs = {name: torch.from_numpy(array) for name, array in plain.items()}
+    theirs |= {name: torch.arange(3, dtype=torch.uint8).view(dtype) for name, dtype in special.items()}
+    save_file(theirs, tmp_path / "theirs")
+    codes = np.arange(3, dtype=np.uint8)
+    write(tmp_path / "ours", plain | {name: Stored(name, (3,), codes) for name in special})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_an_absent_tensor_is_named(tmp_path):

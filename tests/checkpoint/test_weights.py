@@ -116,15 +116,6 @@ def test_a_tensor_of_integers_is_refused(array):
         check(DictWeights(CONFIG, ARRAYS | {GATE: array}))
 
 
-def test_fp8_weights_are_unsupported_and_have_codes():
-    name = "model.layers.0.self_attn.q_a_proj.weight"
-    w = DictWeights(CONFIG, ARRAYS | {name: Stored("F8_E4M3", (48, 96), np.zeros((48, 96), np.uint8))})
-    for use in (lambda: check(w), lambda: w[name]):
-        with pytest.raises(Unsupported, match="stored as F8_E4M3, but it must be one of"):
-            use()
-    assert w.codes(name).shape == (48, 96)
-
-
 def test_a_copy_that_differs_is_refused():
     copy = ARRAYS["lm_head.weight"].copy()
     name = "model.layers.2.shared_head.head.weight"

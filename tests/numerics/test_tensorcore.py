@@ -84,6 +84,13 @@ class TestByHand:
         assert wgmma_bf16(*tiny).view(np.uint32) == 0  # 2^-159, positive
         assert wgmma_bf16(*tiny, single(2.0**-149)) == 2.0**-149
 
+    def test_the_finest_grid_of_16_bit_products_is_2_to_minus_158(self) -> None:
+        unit = 2.0**-79  # 7 * 73 = 511 units^2 are one short of 2^-149
+        a, b = row(7 * unit, unit, 0, fmt="bf16"), row(73 * unit, unit, 0, fmt="bf16")
+        assert wgmma_bf16(a, b) == 2.0**-149
+        halves = row(73 * unit, unit / 2, unit / 2, fmt="bf16")
+        assert wgmma_bf16(row(7 * unit, unit, unit, fmt="bf16"), halves) == 0
+
     def test_zeros_are_positive(self) -> None:
         for c in (0.0, -0.0):
             assert wgmma_fp8(row(-1, 1), row(1, 1), single(c)).view(np.uint32) == 0

@@ -124,16 +124,21 @@ def _plain(values: NDArray[np.floating], row: Cast, fmt: Format, rounding: Round
     if fmt.kind == "scale" and row.behaviour not in ("format", "saturate"):
         return _scale_codes(x, row)
     rounded = formats.round_to(x, fmt, rounding)
-    codes = formats.encode(rounded, fmt)
+    codes = formats.codes_of(rounded, fmt)
+    special = ~np.isfinite(rounded)
+    if special.any():
+        codes[special] = _edge_codes(x[special], row, fmt)
+    return codes
+
+
+def _edge_codes(x: NDArray[np.float64], row: Cast, fmt: Format) -> Codes:
+    """What became infinity or NaN, before it was rounded (n,)  ->  its codes (n,).  SPEC CAST-1."""
     sign = np.where(np.signbit(x), fmt.sign, 0)
-    if fmt.kind == "scale":  # what is negative is NaN, not overflow
-        sign, x = np.zeros_like(sign), np.where(x < 0, np.nan, x)
-    finite = np.isfinite(x)
-    codes = np.where(finite & ~np.isfinite(rounded), row.overflow | sign, codes)
-    codes = np.where(np.isinf(x), row.infinity | sign, codes)
     nan = np.isnan(x)
-    codes = np.where(nan, row.nan | (sign if row.nan_sign else 0), codes)
-    return codes.astype(fmt.code_type)
+    if fmt.kind == "scale":  # what is negative is NaN there
+        nan |= x < 0
+    codes = np.where(np.isinf(x), row.infinity | sign, row.overflow | sign)
+    return np.where(nan, row.nan | (sign if row.nan_sign else 0), codes).astype(fmt.code_type)
 
 
 def _scale_codes(x: NDArray[np.float64], row: Cast) -> Codes:

@@ -168,20 +168,16 @@ def round_to(x: ArrayLike, fmt: Format, rounding: Rounding = "nearest") -> Array
 
 def encode(x: ArrayLike, fmt: Format, rounding: Rounding = "nearest") -> Codes:
     """x (...)  ->  codes (...) of `round_to(x, fmt, rounding)`.  SPEC FORMAT-2."""
-    bits = round_to(x, fmt, rounding).reshape(np.shape(x)).view(np.int64)
-    magnitude = bits & _MAGNITUDE
-    drop = 52 - fmt.fraction_bits
-    code = (magnitude >> drop) - (_field_offset(fmt) << fmt.fraction_bits)
-    small = magnitude.view(np.float64) < fmt.smallest_normal
-    if small.any():  # they are multiples of the smallest value, which is the step above 2^52 of it
-        shift = np.float64(math.ldexp(fmt.smallest, 52))
-        code = np.where(
-            small, (magnitude.view(np.float64) + shift).view(np.int64) - shift.view(np.int64), code
-        )
-    infinity = np.int64(0x7FF0_0000_0000_0000)
-    code = np.where(magnitude == infinity, fmt.top + 1, code)
-    code |= np.where(bits < 0, fmt.sign, 0)
-    return np.where(magnitude > infinity, fmt.nan, code).astype(fmt.code_type)
+    return codes_of(round_to(x, fmt, rounding), fmt)
+
+
+def codes_of(values: Array, fmt: Format) -> Codes:
+    """Values that the format has, float64 (...)  ->  their codes (...), without rounding.  SPEC FORMAT-2."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    codes = np.empty(flat.size, fmt.code_type)
+    for at in range(0, flat.size, _BLOCK):
+        codes[at : at + _BLOCK] = _codes_of(flat[at : at + _BLOCK], fmt)
+    return codes.reshape(values.shape)
 
 
 def decode(codes: ArrayLike, fmt: Format) -> Array:
@@ -217,6 +213,24 @@ def require_codes(codes: NDArray[np.generic], fmt: Format, what: str = "codes") 
         raise Invalid(
             f"{what} have the value {worst}, but those of {fmt.name} must be 0 to {(1 << fmt.bits) - 1}."
         )
+
+
+def _codes_of(values: Array, fmt: Format) -> NDArray[np.int64]:
+    bits = values.view(np.int64)
+    magnitude = bits & _MAGNITUDE
+    code = magnitude >> 52 - fmt.fraction_bits
+    code -= _field_offset(fmt) << fmt.fraction_bits
+    size = magnitude.view(np.float64)
+    small = size < fmt.smallest_normal
+    if small.any():  # they are multiples of the smallest value, which is the step above 2^52 of it
+        shift = np.float64(math.ldexp(fmt.smallest, 52))
+        code = np.where(small, (size + shift).view(np.int64) - shift.view(np.int64), code)
+    infinity = np.int64(0x7FF0_0000_0000_0000)
+    special = magnitude >= infinity
+    if special.any():
+        code = np.where(special, fmt.top + 1, code)
+    code |= (bits >> 63) & fmt.sign
+    return np.where(magnitude > infinity, fmt.nan, code) if special.any() else code
 
 
 def _field_offset(fmt: Format) -> int:

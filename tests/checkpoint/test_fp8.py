@@ -17,8 +17,8 @@ import refimpl
 from refimpl.checkpoint import DictWeights, Stored, VirtualWeights, check, fp8, open_file, open_folder
 from refimpl.config import Choices, preset
 from refimpl.errors import Invalid, Missing, Unreadable
-from refimpl.numerics import layouts
-from refimpl.numerics.blockscale import QUANTISERS, dequantise, quantise
+from refimpl.numerics import formats, layouts
+from refimpl.numerics.blockscale import BLOCK, QUANTISERS, Quantised, dequantise, quantise
 
 RECORDING = Path(__file__).parents[1] / "recordings" / "models" / "H01_fp8"
 IO = open_file(RECORDING / "io.safetensors")
@@ -77,6 +77,25 @@ def test_the_recorded_activation_quantises_so(recorded, recipe):
     made = quantise(IO["gemm.x"], recipe)
     assert np.array_equal(made.codes, IO.codes(f"gemm.{recorded}.x_fp8"))
     assert np.array_equal(made.scales, IO[f"gemm.{recorded}.x_scale"])
+
+
+@pytest.mark.parametrize("recorded", ["plain", "ue8m0"])
+def test_the_recorded_product_is_that_of_the_dequantised_operands(recorded):
+    x = Quantised(IO.codes(f"gemm.{recorded}.x_fp8"), IO[f"gemm.{recorded}.x_scale"])
+    w = Quantised(IO.codes("gemm.w_fp8"), IO["gemm.w_scale_inv"], BLOCK)
+    made = np.zeros((6, 200))
+    for k in range(
+        3
+    ):  # 128 products at a time, then the scales: 200 rows are two blocks, the last a partial one
+        part = slice(128 * k, 128 * (k + 1))
+        scale = x.scales[:, k, None].astype(np.float64) * np.repeat(w.scales[:, k], 128)[:200]
+        made += (
+            formats.decode(x.codes[:, part], formats.E4M3)
+            @ formats.decode(w.codes[:, part], formats.E4M3).T
+            * scale
+        )
+    expected = IO[f"gemm.{recorded}.out_f64"]
+    assert np.abs(made - expected).max() <= 1e-13 * np.abs(expected).max()
 
 
 def test_a_model_loads_with_float32_by_default():

@@ -99,6 +99,8 @@ class Quantised:
     format: Format = field(default=E4M3)
 
     def __post_init__(self) -> None:
+        if self.scales.dtype != np.float32:
+            raise Invalid(f"scales have the type {self.scales.dtype}, but they must be float32.")
         require_grid(self.codes.shape, self.scales.shape, self.tile)
 
     @property

@@ -14,7 +14,7 @@ from refimpl.config import PRESETS, ModelConfig, YarnScaling, preset
 from refimpl.errors import Error, Invalid, Missing, Unreadable, Unsupported
 
 RECORDINGS = Path(__file__).parent.parent / "recordings" / "models"
-FOLDERS = sorted(path.parent for path in RECORDINGS.glob("*/config.json"))
+FOLDERS = sorted(path.parent for path in RECORDINGS.glob("*/config.transformers5.json"))
 
 
 def published(**changes):

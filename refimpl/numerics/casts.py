@@ -39,7 +39,7 @@ class Cast:
     infinity: int
     nan: int
     nan_sign: bool  # whether a NaN's sign is kept
-    widened_nan: int  # float32 code of a NaN that is widened
+    widened_nan: int  # float32 code of a NaN that is widened; modelled for ptx, bf16 and torch-2.11's ue8m0
     evidence: str  # "recorded" (H100 or the library itself), or "modelled"
 
 

@@ -167,6 +167,17 @@ def test_torch_casts_so_on_16_bit_and_float32_patterns(name):
         assert np.array_equal(cast(x.float().numpy(), fmt, "torch-2.13"), expected)
 
 
+@pytest.mark.crosscheck
+@pytest.mark.parametrize("name", EIGHT)
+def test_torch_widens_so(name):
+    torch = pytest.importorskip("torch")
+    codes = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(codes).view(getattr(torch, DTYPES[name])).float().numpy().view(np.uint32)
+    made = widen(codes, FORMATS[name], "torch-2.13").view(np.uint32)
+    differ = np.flatnonzero(made != expected)
+    assert differ.tolist() == ([0x7E, 0xFE] if name == "e5m2" else [])  # there the payload is kept
+
+
 def test_versions_of_torch_differ_in_the_overflow_of_e4m3_only():
     x = random_patterns(1_000_000, 5)
     old, new = (cast(x, E4M3, f"torch-{version}") for version in ("2.11", "2.13"))

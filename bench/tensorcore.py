@@ -4,8 +4,8 @@
     python bench/tensorcore.py --recordings FOLDER      compares all recorded products of a folder
 
 A time is the median over the rounds, each of which runs every row once, so that a slow moment of the machine
-meets all of them; it is processor time, with BLAS on one thread.  The plain twin is measured on a few elements
-and scaled up.
+meets all of them; it is processor time, with BLAS on one thread.  The plain twin is measured on a few
+elements and scaled up.
 
 Exit status: 0, or 1 if a recorded value differs.
 """

@@ -26,7 +26,7 @@ cuBLAS makes, its heuristic.  promote_fp32 and exact are what the others are app
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -96,15 +96,16 @@ def gemm_fp8(
     with np.errstate(all="ignore"):
         if kernel == "cublas_tensor":
             scale = _scalar("a_scale", a_scale) * _scalar("b_scale", b_scale)
-            sums = [_one_scale(a[:, part], b[:, part], fa, fb, accumulation) for part in parts]
-            result = _added(sums) * scale
+            result = (
+                _added(_one_scale(a[:, part], b[:, part], fa, fb, accumulation) for part in parts) * scale
+            )
         else:
             b_scale = _check_scales(a_scale, b_scale, m, n, k)
             if kernel == "exact":
                 result = _exact(a, a_scale, b, b_scale, fa, fb)
             else:
                 row = _for_formats(KERNELS[kernel], a_format, b_format)
-                result = _added([_blocks(row, a, a_scale, b, b_scale, fa, fb, part) for part in parts])
+                result = _added(_blocks(row, a, a_scale, b, b_scale, fa, fb, part) for part in parts)
     canonical(result)
     return to_bf16(result) if out == "bf16" else result
 
@@ -129,17 +130,15 @@ def _one_scale(a: Codes, b: Codes, fa: Format, fb: Format, accumulation: str) ->
     if accumulation == "fast":
         return wgmma_fp8(a, b, None, fa.name, fb.name)
     return _added(
-        [
-            wgmma_fp8(a[:, k : k + BLOCK], b[:, k : k + BLOCK], None, fa.name, fb.name)
-            for k in range(0, a.shape[1], BLOCK)
-        ]
+        wgmma_fp8(a[:, k : k + BLOCK], b[:, k : k + BLOCK], None, fa.name, fb.name)
+        for k in range(0, a.shape[1], BLOCK)
     )
 
 
-def _added(parts: list[Single]) -> Single:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def _added(parts: Iterator[Single]) -> Single:
+    total = next(parts)
+    for part in parts:
+        total += part
     return total
 
 

@@ -212,7 +212,7 @@ def _tables(fmt: Format, unit: Unit) -> tuple[NDArray[Any], Array]:
     special = ~np.isfinite(value)
     exponent = np.frexp(np.where(special, 0, value))[1] - 1
     exponent = np.maximum(exponent, fmt.smallest_exponent)
-    exponent[special] = fmt.smallest_exponent + (1 << fmt.exponent_bits) - 1
+    exponent[special] = fmt.smallest_exponent + (1 << fmt.exponent_bits) - 2
     half, rest = divmod(unit.digit * _ORIGIN - 1023, 2)
     assert rest == 0
     power = np.where(value == 0, 0.0, np.ldexp(1.0, unit.digit * exponent + half))

@@ -69,6 +69,12 @@ class TestFma:
         c = rng.integers(0, 1 << 24, 2000).astype(np.uint32).view(np.float32)
         assert (fma(a, b, c).view(np.uint32) == by_twin(a, b, c)).all()
 
+    def test_a_subnormal_result_just_below_the_middle_is_rounded_down(self) -> None:
+        a, b = np.float32(2.0**-75 * (1 + 2.0**-23)), np.float32(2.0**-75 * (1 - 2.0**-23))
+        c = np.float32(2.0**-127 + 2.0**-149)
+        assert np.float32(np.float64(a) * b + c) == c + np.float32(2.0**-149)
+        assert fma(a, b, c) == c
+
     def test_shapes_broadcast(self) -> None:
         a, b, c = np.ones((3, 1), np.float32), np.ones((1, 4), np.float32), np.zeros((3, 4), np.float32)
         assert fma(a, b, c).shape == (3, 4)

@@ -1,5 +1,6 @@
 """Block-scaled products against exact fractions, the plain twin, and what an H100 computed."""
 
+import tracemalloc
 from fractions import Fraction
 
 import adversary
@@ -131,11 +132,13 @@ class TestIdeal:
     def test_the_range_of_e5m2_is_summed_exactly_too(self, formats: tuple[str, str]) -> None:
         fa, fb = (FORMATS[name] for name in formats)
         a, b = (np.zeros((1, 128), np.uint8) for _ in range(2))
-        a[0, :3], b[0, :3] = encode([57344, -57344, fa.smallest], fa), encode([fb.largest] * 2 + [1], fb)
+        # 60 of the largest products, one of the smallest, and the former again with the other sign
+        a[0, :121] = encode([fa.largest] * 60 + [fa.smallest] + [-fa.largest] * 60, fa)
+        b[0, :121] = encode([fb.largest] * 60 + [fb.smallest] + [fb.largest] * 60, fb)
         one = np.ones((1, 1), np.float32)
         for kernel in ("promote_fp32", "exact"):
             found = gemm_fp8(a, one, b, one, kernel, a_format=formats[0], b_format=formats[1])
-            assert found == fa.smallest
+            assert found == fa.smallest * fb.smallest
 
     def test_the_emulated_kernels_are_near_the_exact_product(self) -> None:
         a, sa, b, sb = case(4, 40, 140, 1024)
@@ -176,6 +179,16 @@ class TestForms:
         assert (split == halves[0] + halves[1]).all()
         assert (split != gemm_fp8(a, sa, b, sb, "deepgemm")).any()
         assert (gemm_fp8(a, sa, b, sb, "cublas") == gemm_fp8(a, sa, b, sb, "deepgemm")).all()
+
+    @pytest.mark.parametrize("kernel", ["deepgemm", "promote_fp32"])
+    def test_memory_does_not_grow_with_k(self, kernel: str) -> None:
+        codes, scale = np.ones((2, 1 << 17), np.uint8), np.ones((2, 1 << 10), np.float32)
+        gemm_fp8(codes[:, :128], scale[:, :1], codes[:, :128], scale[:, :1], kernel)  # tables
+        tracemalloc.start()
+        gemm_fp8(codes, scale, codes, scale, kernel)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 19  # the operands are twice that, decoded sixteen times
 
     def test_one_scale_for_all_multiplies_at_the_end(self) -> None:
         a, _, b, _ = case(10, 6, 5, 512)

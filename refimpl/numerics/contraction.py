@@ -28,7 +28,6 @@ from refimpl.numerics.summation import dot, mean, segment_sum, sum_
 __all__ = ["Prepared", "contract", "dot", "mean", "prepare", "segment_sum", "sum_"]
 
 BLOCK = 1 << 22  # elements of a block of an operand, or of a result: 32 MiB
-SMALL = 1 << 15  # elements of two operands below which cutting them together saves time
 NORMAL = 2.0**-1022
 
 
@@ -39,32 +38,37 @@ def contract(a: ArrayLike | Prepared, b: ArrayLike | Prepared) -> Array:
         raise Invalid(
             f"operands of shape {pa.shape} and {pb.shape} do not contract: all but axis -2 must agree."
         )
-    lead, m, n, k = pa.shape[:-2], pa.shape[-2], pb.shape[-2], pa.shape[-1]
-    out = np.zeros((*lead, m, n))
+    m, n, k = pa.shape[-2], pb.shape[-2], pa.shape[-1]
+    out = np.zeros((*pa.shape[:-2], m, n))
     if out.size and k:
         with np.errstate(all="ignore"):
-            _blocks(pa, pb, out)
+            if max(pa.value.size, pb.value.size, out.size) <= BLOCK:
+                _block(pa, pb, out)
+            elif out.ndim == 2:
+                _matrix(pa, pb, out, isinstance(a, Prepared), isinstance(b, Prepared))
+            else:
+                _stack(pa.value.reshape(-1, m, k), pb.value.reshape(-1, n, k), out.reshape(-1, m, n))
     return out
 
 
-def _blocks(a: Prepared, b: Prepared, out: Array) -> None:
-    """Fills out (..., M, N) in blocks that bound the temporaries."""
-    if max(a.value.size, b.value.size, out.size) <= BLOCK:
-        _block(a, b, out)
-        return
-    if a.value.ndim > 2:
-        for i in range(len(out)):
-            _blocks(_part(a, i), _part(b, i), out[i])
-        return
+def _matrix(a: Prepared, b: Prepared, out: Array, keep_a: bool, keep_b: bool) -> None:
+    """Fills out (M, N) in blocks that bound the temporaries."""
     step = max(1, min(BLOCK // a.shape[-1], 2048))
     for i in range(0, a.shape[0], step):
-        rows = a.rows(slice(i, i + step))
+        rows = a.block(i, i + step, keep_a)
         for j in range(0, b.shape[0], step):
-            _block(rows, b.rows(slice(j, j + step)), out[i : i + step, j : j + step])
+            _block(rows, b.block(j, j + step, keep_b), out[i : i + step, j : j + step])
 
 
-def _part(p: Prepared, i: int) -> Prepared:
-    return Prepared(p.value[i])
+def _stack(a: Array, b: Array, out: Array) -> None:
+    """Fills out (P, M, N), several matrices at a time."""
+    step = BLOCK // max(a[0].size, b[0].size, out[0].size)
+    for i in range(0, len(out), max(1, step)):
+        if step:
+            at = slice(i, i + step)
+            _block(Prepared(a[at]), Prepared(b[at]), out[at])
+        else:
+            _matrix(Prepared(a[i]), Prepared(b[i]), out[i], False, False)
 
 
 def _block(a: Prepared, b: Prepared, out: Array) -> None:
@@ -167,8 +171,8 @@ def _fill_special(a: Prepared, b: Prepared, out: Array) -> NDArray[np.bool_]:
     minus += _count(ones_a.plus, ones_b.infinite_minus) + _count(ones_a.minus, ones_b.infinite_plus)
     nan = _count(ones_a.infinite_plus | ones_a.infinite_minus, ones_b.zero)
     nan += _count(ones_a.zero, ones_b.infinite_plus | ones_b.infinite_minus)
-    nan += ones_a.nan.any(axis=-1)[..., :, None]
-    nan += ones_b.nan.any(axis=-1)[..., None, :]
+    nan += _count(ones_a.nan, np.ones(b.shape, np.bool_))
+    nan += _count(np.ones(a.shape, np.bool_), ones_b.nan)
     value = np.where(plus > 0, np.inf, -np.inf)
     value[(nan > 0) | ((plus > 0) & (minus > 0))] = np.nan
     out[special] = value[special]
@@ -185,7 +189,8 @@ class _Signs(NamedTuple):
 
     @classmethod
     def of(cls, x: Array) -> _Signs:
-        return cls(x > 0, x < 0, x == 0, x == np.inf, x == -np.inf, np.isnan(x))
+        infinite = np.isinf(x)
+        return cls(x > 0, x < 0, x == 0, infinite & (x > 0), infinite & (x < 0), np.isnan(x))
 
 
 def _count(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Array:

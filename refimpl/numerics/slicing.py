@@ -110,23 +110,64 @@ def _scaled_frame(value: Array, squares: Array, unsafe: NDArray[np.bool_]) -> Fr
 def cut(f: Frame) -> Slices:
     """A frame  ->  its slices"""
     length = f.x.shape[-1]
-    sigma = np.ldexp(1.5, f.exponent + 26)[..., None]
-    head = f.x + sigma
-    head -= sigma
-    rest = f.x - head
-    if not rest.any():
+    x, exponent = f.x.reshape(-1, length), f.exponent.reshape(-1)
+    coarse = np.ldexp(1.5, exponent + 26)[:, None]
+    filled = _filled(x, coarse)
+    if filled is None:
         return Slices(f.x, None, None, None)
-    columns = None
-    if np.count_nonzero(rest.reshape(-1, length)[0]) * 2 < length:
-        filled = rest.any(axis=tuple(range(rest.ndim - 1)))
-        if np.count_nonzero(filled) * 4 < length:
-            columns = np.flatnonzero(filled)
-            rest = rest[..., columns]
-    sigma = np.ldexp(1.5, f.exponent + (spread_bits(length) + 1))[..., None]
-    middle = rest + sigma
-    middle -= sigma
-    rest -= middle
-    return Slices(head, middle, rest if rest.any() else None, columns)
+    columns = np.flatnonzero(filled) if np.count_nonzero(filled) * 4 < length else None
+    fine = np.ldexp(1.5, exponent + (spread_bits(length) + 1))[:, None]
+    head = np.empty_like(x)
+    middle = np.empty((len(x), length if columns is None else len(columns)))
+    tail = np.empty_like(middle)
+    left = False
+    for at in _chunks(x):
+        _cut_rows(x[at], coarse[at], fine[at], columns, head[at], middle[at], tail[at])
+        left = left or bool(tail[at].any())
+    lead = f.x.shape[:-1]
+    kept = tail.reshape(*lead, -1) if left else None
+    return Slices(head.reshape(f.x.shape), middle.reshape(*lead, -1), kept, columns)
+
+
+def _chunks(x: Array) -> list[slice]:
+    step = max(1, CHUNK // x.shape[-1])
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+
+def _filled(x: Array, sigma: Array) -> NDArray[np.bool_] | None:
+    """x (R, K)  ->  (K,) where head is not everything, or None if it is; stops when that is many columns."""
+    filled = None
+    for at in _chunks(x):
+        head = x[at] + sigma[at]
+        head -= sigma[at]
+        differs = head != x[at]
+        if differs.any():
+            new = differs.any(axis=0)
+            filled = new if filled is None else filled | new
+            if np.count_nonzero(filled) * 4 >= x.shape[-1]:
+                break
+    return filled
+
+
+def _cut_rows(
+    x: Array,
+    coarse: Array,
+    fine: Array,
+    columns: NDArray[np.intp] | None,
+    head: Array,
+    middle: Array,
+    tail: Array,
+) -> None:
+    """Fills head, middle and tail: adding and subtracting 1.5 * 2^52 units rounds to multiples of a unit."""
+    np.add(x, coarse, out=head)
+    head -= coarse
+    if columns is None:
+        np.subtract(x, head, out=tail)
+    else:
+        np.subtract(x[:, columns], head[:, columns], out=tail)
+    np.add(tail, fine, out=middle)
+    middle -= fine
+    tail -= middle
 
 
 class Prepared:
@@ -137,6 +178,7 @@ class Prepared:
         if self.value.ndim < 2:
             raise Invalid(f"an operand has shape {self.value.shape}, but needs at least rows and columns.")
         self._frame, self._slices = frame_, slices
+        self._blocks: dict[tuple[int, int], Prepared] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,6 +195,15 @@ class Prepared:
         if self._slices is None:
             self._slices = cut(self.frame)
         return self._slices
+
+    def block(self, start: int, stop: int, keep: bool) -> Prepared:
+        """The rows start to stop of a matrix; kept for the next partner if asked to."""
+        if (start, stop) in self._blocks:
+            return self._blocks[start, stop]
+        part = self.rows(slice(start, stop))
+        if keep:
+            self._blocks[start, stop] = part
+        return part
 
     def rows(self, index: Any) -> Prepared:
         """The rows index of axis -2; what has been cut already is gathered, not cut again."""

@@ -27,7 +27,7 @@ class Inputs:
 
     @property
     def exists(self) -> Array:
-        return self.segments != PADDING
+        return np.not_equal(self.segments, PADDING)
 
 
 def read_inputs(

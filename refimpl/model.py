@@ -255,7 +255,8 @@ class Model:
 
     def _batch(self, given: Inputs) -> Batch:
         tables = rope.tables(self.ar, self.config, self.choices, given.positions.reshape(-1))
-        return Batch(*given.ids.shape, tables, allowed(given.segments))
+        size, length = given.ids.shape
+        return Batch(size, length, tables, allowed(given.segments))
 
     def _loss(
         self, c: Context, logits: Array, given: Inputs, target_count: int | None

@@ -179,7 +179,7 @@ class Exact:
         return contraction.mean(x, axis)
 
     def max(self, x: Array, axis: int = -1) -> Array:
-        return x.max(axis)
+        return np.asarray(x.max(axis))
 
     def exp(self, x: Array) -> Array:
         return functions.exp(x)
@@ -248,7 +248,7 @@ class Floating:
         return a @ b.swapaxes(-1, -2)
 
     def dot(self, a: Array, b: Array) -> Array:
-        return np.einsum("...k,...k->...", a, b)
+        return np.asarray(np.einsum("...k,...k->...", a, b))
 
     def sum(self, x: Array, axis: int = -1) -> Array:
         return np.asarray(x.sum(axis))
@@ -257,7 +257,7 @@ class Floating:
         return np.asarray(x.mean(axis))
 
     def max(self, x: Array, axis: int = -1) -> Array:
-        return x.max(axis)
+        return np.asarray(x.max(axis))
 
     def exp(self, x: Array) -> Array:
         return np.exp(x)

@@ -100,7 +100,7 @@ class Context:
 
     def name(self, leaf: str) -> str:
         """The checkpoint name of a tensor of this module."""
-        return f"{self.path}.{leaf}"
+        return f"{self.path}.{leaf}" if self.path else leaf
 
     def array(self, leaf: str) -> Array:
         """A weight as a plain array."""

@@ -1,0 +1,122 @@
+"""The numbers that judge a case, from its runs: bounds of elements, noise of tensors.  SPEC VERDICT-3, VERDICT-4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refimpl.cases import bounds, noise
+from refimpl.cases.bounds import Bounding
+from refimpl.cases.claims import PARTS
+from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
+from refimpl.cases.format import upwards
+from refimpl.cases.programs import Outputs
+from refimpl.numerics.arithmetic import Arithmetic, Array, Floating
+
+RUNS: Mapping[str, int] = {"storage": 4, "product": 2, "accumulate": 2}  # of the noise floor, of each kind
+Three = tuple[float, float, float]
+Run = Callable[[Arithmetic], Outputs]
+
+
+ROW_FACTOR = (
+    8.0  # of a row's noise: the largest of 10^6 normal errors is 5 of their deviations, and the noise
+)
+# of a row is known to within a factor of 1.6
+
+
+@dataclass
+class Judges:
+    """What judges one tensor, per unit of each roundoff."""
+
+    spread: Three = (0.0, 0.0, 0.0)
+    bias: Three = (0.0, 0.0, 0.0)
+    arrays: dict[str, Array] = field(default_factory=dict)  # extras: kind -> array
+
+
+def judges(run: Run, expected: Mapping[str, Array], with_bounds: bool) -> dict[str, Judges]:
+    """Of every tensor of numbers.  An element may be off by the smaller of its bound and ROW_FACTOR times the noise
+    of its row, for each roundoff; whole networks have no useful bound, only the noise."""
+    made = {name: Judges() for name, value in expected.items() if value.dtype.kind == "f" and value.size}
+    noises = _measured(run, made)
+    bounding = run(Bounding()) if with_bounds else {}  # type: ignore[arg-type]
+    for name, own in made.items():
+        parts: bounds.Parts = bounds.NONE
+        if with_bounds:
+            parts = bounds.stored(bounds.lift(bounding[name])).parts
+        for kind, part in zip(PARTS, parts, strict=False):
+            rows = ROW_FACTOR * noises[name][kind]
+            if with_bounds:
+                rows = _smaller(np.zeros(()) if part is None else part, rows)
+            if rows.any():
+                own.arrays[f"bound.{kind}"] = upwards(rows)
+    return made
+
+
+def _smaller(bound: Array, rows: Array) -> Array:
+    """Element by element, or only the rows where the bound is nowhere smaller."""
+    if bound.ndim and (bound >= rows).all():
+        return rows
+    return np.minimum(bound, rows)
+
+
+def _measured(run: Run, made: Mapping[str, Judges]) -> dict[str, dict[str, Array]]:
+    """Fills in spread and bias; name -> kind -> noise of the rows (..., 1)."""
+    plain = run(Floating(np.float64))
+    spread: dict[str, list[float]] = {name: [] for name in made}
+    bias: dict[str, list[float]] = {name: [] for name in made}
+    rows: dict[str, dict[str, Array]] = {name: {} for name in made}
+    for kind in PARTS:
+        runs = [run(noise.Noisy(kind, seed)) for seed in range(RUNS[kind])]
+        for name in made:
+            base = np.asarray(plain[name])
+            finite = np.where(np.isinf(base), 0.0, base)
+            errors = (
+                np.stack([_difference(np.asarray(r[name]), base) for r in runs]) / noise.UNIT
+            )  # (runs, ...)
+            power = float((finite * finite).sum())
+            common = float(np.sqrt(np.mean((errors * finite).reshape(len(runs), -1).sum(1) ** 2)))
+            squares = (errors * errors).mean(0)
+            few = 1.0 + 4.0 / np.sqrt(errors.size)  # few numbers may be small by chance
+            squares = squares * few * few
+            if kind == "storage":  # every output is stored once more, also where no layer says so
+                squares = squares + finite * finite / 3.0
+            spread[name].append(_spread(name, squares))
+            # Independent errors of that spread would give the second, so few runs may not give less.
+            bias[name].append(max(few * common / power, spread[name][-1] / np.sqrt(power)) if power else 0.0)
+            rows[name][kind] = _rows(squares)
+    for name, own in made.items():
+        own.spread = (up(spread[name][0]), up(spread[name][1]), up(spread[name][2]))
+        own.bias = (up(bias[name][0]), up(bias[name][1]), up(bias[name][2]))
+    return rows
+
+
+def up(value: float) -> float:
+    """Rounded up to three digits."""
+    if value == 0.0:
+        return 0.0
+    step = 10.0 ** (np.floor(np.log10(value)) - 2)
+    return float(f"{np.ceil(value / step) * step:.3g}")
+
+
+def _difference(a: Array, b: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(b), 0.0, a - b)
+
+
+def _spread(name: str, squares: Array) -> float:
+    """Of the judged elements, whether these are all of them or the samples."""
+    flat = squares.reshape(-1)
+    whole = float(np.sqrt(flat.mean()))
+    if flat.size <= KEPT_OUTPUT:
+        return whole
+    return max(whole, float(np.sqrt(flat[sample_positions(name, flat.size)].mean())))
+
+
+def _rows(squares: Array) -> Array:
+    """(..., n)  ->  (..., 1): a row's noise, not far below its own largest element's nor below the tensor's."""
+    row = np.sqrt(squares.mean(-1, keepdims=True))
+    largest = np.sqrt(squares.max(-1, keepdims=True))
+    rows: Array = np.maximum(np.maximum(row, largest / 2.0), np.sqrt(squares.mean()) / 4.0)
+    return rows

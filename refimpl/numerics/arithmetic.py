@@ -1,4 +1,4 @@
-"""What it means to compute: the arithmetics.  SPEC EXACT-1 to EXACT-5.
+"""What it means to compute: the arithmetics.  SPEC EXACT-1 to EXACT-5, EXACT-7.
 
 Layers are written once, against the `Arithmetic` protocol; what an operation rounds, and where, is decided
 here.  Between two sites a layer uses `+ - * /` and indexing on the arrays that the arithmetic hands out, and
@@ -209,7 +209,7 @@ class Exact:
 
 
 class Floating:
-    """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-5."""
+    """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-7."""
 
     order_free = False
 

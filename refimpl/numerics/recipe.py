@@ -1,4 +1,4 @@
-"""Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1.
+"""Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1 to RECIPE-3.
 
 A site is a named boundary where a real system stores a tensor, sends it, or feeds it to a GEMM.  A recipe is
 a table from site to rule.  `Rounded` is the exact arithmetic with the recipe's roundings: contractions and

@@ -3,9 +3,9 @@
     python bench/contraction.py [--shape M K N] [--repeat R] [--small]
 
 Every repetition runs all variants one after the other, so that a busy machine slows them alike; the table
-shows medians, and ratios to a plain `a @ b.T` of float64 that runs in the same repetition.  `cold` starts from
-arrays, `warm` has the second operand prepared and used before.  The number of threads is that of the BLAS: set
-OPENBLAS_NUM_THREADS (or MKL_NUM_THREADS, VECLIB_MAXIMUM_THREADS) to change it.
+shows medians, and ratios to a plain `a @ b.T` of float64 that runs in the same repetition.  `cold` starts
+from arrays, `warm` has the second operand prepared and used before.  The number of threads is that of the
+BLAS: set OPENBLAS_NUM_THREADS (or MKL_NUM_THREADS, VECLIB_MAXIMUM_THREADS) to change it.
 """
 
 from __future__ import annotations

@@ -196,6 +196,11 @@ class Prepared:
             self._slices = cut(self.frame)
         return self._slices
 
+    def cut(self) -> Prepared:
+        """Cuts now what would be cut at the first contraction; returns itself."""
+        assert self.slices.head.shape == self.shape
+        return self
+
     def block(self, start: int, stop: int, keep: bool) -> Prepared:
         """The rows start to stop of a matrix; kept for the next partner if asked to."""
         if (start, stop) in self._blocks:

@@ -48,7 +48,9 @@ def test_a_token_is_the_weighted_sum_of_its_experts() -> None:
     at, idx = draw()
     y, _ = run(FLOAT64, at, idx)
     for t in range(TOKENS):
-        parts = [at["weight"][t, k] * expert(FLOAT64, at, idx[t, k], at["x"][t : t + 1])[0] for k in range(CHOSEN)]
+        parts = [
+            at["weight"][t, k] * expert(FLOAT64, at, idx[t, k], at["x"][t : t + 1])[0] for k in range(CHOSEN)
+        ]
         assert y[t] == pytest.approx(sum(parts), rel=1e-13, abs=1e-14)
 
 
@@ -57,7 +59,11 @@ def test_two_tokens_of_three_dimensions_by_hand() -> None:
     eye = np.eye(3)
     at = {"x": np.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]), "weight": np.array([[2.0, 10.0], [1.0, -1.0]])}
     for e, factor in ((0, 1.0), (1, 5.0)):
-        at |= {f"{e}.gate_proj.weight": eye, f"{e}.up_proj.weight": eye, f"{e}.down_proj.weight": factor * eye}
+        at |= {
+            f"{e}.gate_proj.weight": eye,
+            f"{e}.up_proj.weight": eye,
+            f"{e}.down_proj.weight": factor * eye,
+        }
     y, _ = run(FLOAT64, at, np.array([[0, 1], [1, 0]]))
     one, two = 1 / (1 + np.exp(-1.0)), 4 / (1 + np.exp(-2.0))
     assert y == pytest.approx(np.array([[2 * one + 10 * 5 * one] * 3, [5 * two - two] * 3]))

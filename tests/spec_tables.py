@@ -103,7 +103,8 @@ def _box(choice: Choice) -> str:
     if choice.rule is not None:
         rows.append((choice.rule.required, "the given value"))
     table = _rows(("alternative", "who, and what it means"), *rows)
-    return f"#### Choice {choice.name}\n\n{choice.question}\n\n{table}\nReason for the default: {choice.reason}.\n"
+    reason = f"Reason for the default: {choice.reason}."
+    return f"#### Choice {choice.name}\n\n{choice.question}\n\n{table}\n{reason}\n"
 
 
 def sites() -> str:

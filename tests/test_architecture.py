@@ -28,8 +28,8 @@ def words(text: str) -> frozenset[str]:
 BANNED = words(
     "exp exp2 expm1 log log2 log10 log1p sin cos tan sinh cosh tanh arcsin arccos arctan arctan2 sinc power "
     "float_power cbrt hypot sum nansum cumsum mean nanmean average std var prod cumprod trace dot vdot "
-    "vecdot inner outer matmul matvec vecmat tensordot einsum einsum_path kron convolve correlate interp logaddexp "
-    "add.reduce add.at random linalg fft load loads fromfile memmap longdouble vectorize"
+    "vecdot inner outer matmul matvec vecmat tensordot einsum einsum_path kron convolve correlate interp "
+    "logaddexp add.reduce add.at random linalg fft load loads fromfile memmap longdouble vectorize"
 )
 # Of Python's math: they are the C library's.  What is not here is exact, or IEEE's (sqrt).
 MATH = words(
@@ -131,6 +131,10 @@ def offences(path: Path) -> Iterator[tuple[str, int]]:
             yield "@", node.lineno
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _exact_power(node):
             yield "**", node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module in ("numpy", "math"):
+            for alias in node.names:
+                if alias.name in (MATH if node.module == "math" else BANNED):
+                    yield f"{node.module}.{alias.name}", node.lineno
         elif isinstance(node, ast.Attribute):
             name = dotted(node)
             root, _, rest = name.partition(".")
@@ -174,6 +178,39 @@ def test_nothing_platform_dependent_outside_of_numerics(path: Path) -> None:
     allowed = ALLOWED.get(name, {})
     found = [f"{what} in line {line}" for what, line in offences(path) if what not in allowed]
     assert not found, f"{name}: {', '.join(found)}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "y = a @ b",
+        "y = np.exp(x)",
+        "y = np.linalg.norm(x)",
+        "y = np.add.reduce(x)",
+        "y = x.sum(-1)",
+        "y = (x * x).mean()",
+        "y = f(x).std()",
+        "y = x ** 0.5",
+        "y = math.log(x)",
+        "from math import exp",
+        "from numpy import einsum",
+        "y = np.random.default_rng(0)",
+    ],
+)
+def test_the_ban_sees(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.py"
+    path.write_text(line)
+    assert any(offences(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["y = ar.sum(x)", "y = c.ar.mean(x)", "y = x ** 2", "y = 2.0**-7", "y = math.prod(x)", "y = np.sqrt(x)"],
+)
+def test_the_ban_lets_pass(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.py"
+    path.write_text(line)
+    assert not any(offences(path))
 
 
 def test_exceptions_are_still_needed() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,11 @@ from scipy import special
 
 from refimpl.errors import Invalid
 from refimpl.numerics import contraction, functions, threads
+
+if TYPE_CHECKING:
+    from refimpl.numerics.recipe import Recipe
+
+THREADED = 1 << 18  # products of a matrix in a stack from which threads over the stack pay off
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -245,7 +250,17 @@ class Floating:
         return dy.value.T @ x.value
 
     def matmul(self, a: Array, b: Array) -> Array:
-        return a @ b.swapaxes(-1, -2)
+        bt = b.swapaxes(-1, -2)
+        if (
+            a.ndim == 2
+            or a.shape[:-2] != b.shape[:-2]
+            or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < THREADED
+        ):
+            return np.asarray(a @ bt)
+        # BLAS threads over one small matrix after another cost more than they give: threads over the stack
+        out = np.empty((*a.shape[:-1], b.shape[-2]), self.dtype)
+        self.each(lambda at: np.matmul(a[at], bt[at], out=out[at]), np.ndindex(a.shape[:-2]))
+        return out
 
     def dot(self, a: Array, b: Array) -> Array:
         return np.asarray(np.einsum("...k,...k->...", a, b))
@@ -293,14 +308,22 @@ _PLAIN: dict[str, Callable[[], Arithmetic]] = {
 }
 
 
-def arithmetic(precision: str | Arithmetic) -> Arithmetic:
-    """The arithmetic of a name: exact, float64, float32, or a recipe's; an arithmetic is handed back.
+def arithmetic(precision: str | Recipe | Arithmetic) -> Arithmetic:
+    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; another is handed back.
 
     Raises: Invalid for an unknown name.
     """
-    from refimpl.numerics.recipe import RECIPES, Rounded  # a recipe builds on Exact, so it stands above
+    from refimpl.numerics.recipe import (
+        RECIPES,
+        Recipe,
+        Rounded,
+    )  # a recipe builds on Exact, so it stands above
 
+    if isinstance(precision, Recipe):
+        return Rounded(precision)
     if not isinstance(precision, str):
+        if not hasattr(precision, "fprop"):
+            raise Invalid(f"precision is {precision!r} and has to be a name, a recipe or an arithmetic.")
         return precision
     if precision in _PLAIN:
         return _PLAIN[precision]()

@@ -23,13 +23,14 @@ from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Unsupported
-from refimpl.inputs import Inputs, read_inputs, read_routing
+from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
 from refimpl.layers import gate, loss, rope
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.arithmetic import Arithmetic, Array, arithmetic
 from refimpl.numerics.gradients import Gradients
+from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
 
 Source = str | PathLike[str] | tuple[ModelConfig | Mapping[str, Any], Mapping[str, Any]]
@@ -38,14 +39,14 @@ Sink = Callable[[str, Array], None]
 
 def load(
     source: Source,
-    precision: str | Arithmetic = "exact",
+    precision: str | Recipe | Arithmetic = "exact",
     choices: str | Choices = "hf",
     training: TrainingConfig | None = None,
 ) -> Model:
     """A model from a checkpoint folder in the published layout, a preset's name (virtual weights), or a pair
     of config and weights by checkpoint name.
 
-    precision: exact, float64, float32, a recipe's name, or an Arithmetic.
+    precision: exact, float64, float32, a recipe's name, a Recipe, or an Arithmetic.
     Raises: Invalid, Missing, Unsupported, Unreadable, each naming the field, tensor or file.  SPEC MODEL-1.
     """
     config, weights = _open(source)
@@ -53,6 +54,8 @@ def load(
         raise Unsupported(
             f"model_type is {config.model_type!r}, whose sparse attention is not computed here."
         )
+    if training is not None and not isinstance(training, TrainingConfig):
+        raise Invalid(f"training is a {type(training).__name__}, but it has to be a TrainingConfig.")
     if training is not None and (training.balance_loss_weight or training.mtp_loss_weight):
         raise Unsupported(
             "training has balance_loss_weight or mtp_loss_weight; only the main loss is computed here."
@@ -73,6 +76,8 @@ def _open(source: Source) -> tuple[ModelConfig, Weights]:
     if isinstance(source, str) and source in PRESETS:
         config = preset(source)
         return config, VirtualWeights(config)
+    if not isinstance(source, str | PathLike):
+        raise Invalid(f"source is a {type(source).__name__}, but it has to be a folder, a preset, or a pair.")
     return open_folder(source)
 
 
@@ -184,6 +189,8 @@ class Model:
             self._values_checked = True
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, position_ids)
         patterns = (trace,) if isinstance(trace, str) else tuple(trace)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise Invalid(f"trace is {trace!r}, but it has to be patterns of tensors' names.")
         c = Context(
             self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, bool(patterns)
         )
@@ -219,6 +226,8 @@ class Model:
         SPEC MODEL-4.
         """
         run, given = result._run, self._cotangents(result, cotangents or {})
+        if run.context.parameters is not self._parameters:
+            raise Invalid("result is of another model, but backward needs one of this model's own forward.")
         if run.loss is None and not cotangents:
             raise Invalid(
                 "backward has neither a loss nor cotangents, but it needs targets, labels or cotangents."
@@ -266,23 +275,23 @@ class Model:
         count = target_count
         if count is None:
             positions = self.choices.loss_divisor == "positions"
-            count = given.exists.sum() if positions else (given.targets != loss.IGNORED).sum()
-        if count < 1:
-            raise Invalid(
-                f"the number of targets is {count}, but a loss needs at least one target that is not -100."
-            )
+            count = int((given.exists if positions else given.targets != loss.IGNORED).sum())
+            if count == 0:
+                raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
+        elif not isinstance(count, int | np.integer) or count < 1:
+            raise Invalid(f"target_count is {count!r}, but it has to be an integer of at least 1.")
         value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), int(count))
         return float(value), saved
 
     def _cotangents(self, result: Result, given: Mapping[str, npt.ArrayLike]) -> Cotangents:
         ready = {}
+        if not isinstance(given, Mapping):
+            raise Invalid(f"cotangents are a {type(given).__name__}, but they have to map names to arrays.")
         for name, value in given.items():
-            array = self.ar.array(value)
+            array = self.ar.array(read_numbers(f"cotangent {name}", value))
             if name in result.tensors and result.tensors[name].shape != array.shape:
                 found, required = array.shape, result.tensors[name].shape
                 raise Invalid(f"cotangent {name} has shape {found}, but its tensor has {required}.")
-            if not np.isfinite(array).all():
-                raise Invalid(f"cotangent {name} has a value that is not finite, but all have to be.")
             ready[name] = array
         return Cotangents(ready)
 

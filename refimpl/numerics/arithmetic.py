@@ -309,7 +309,7 @@ _PLAIN: dict[str, Callable[[], Arithmetic]] = {
 
 
 def arithmetic(precision: str | Recipe | Arithmetic) -> Arithmetic:
-    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; another is handed back.
+    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; or itself.
 
     Raises: Invalid for an unknown name.
     """

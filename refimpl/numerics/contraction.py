@@ -15,6 +15,7 @@ its rounding <= 2^-53 (K + 16) 6 d^2,  and that of the final sums <= 2^-53 2^-48
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from refimpl.errors import Invalid
 from refimpl.numerics.eft import Array, two_sum
-from refimpl.numerics.slicing import Frame, Ints, Prepared, Slices, prepare, spread_bits
+from refimpl.numerics.slicing import Columns, Frame, Ints, Prepared, Room, Slices, prepare, spread_bits
 from refimpl.numerics.summation import dot, mean, segment_sum, sum_
 
 __all__ = ["Prepared", "contract", "dot", "mean", "prepare", "segment_sum", "sum_"]
 
-BLOCK = 1 << 22  # elements of a block of an operand, or of a result: 32 MiB
+BLOCK = 1 << 22  # elements of a block of an operand, 32 MiB; a block of a result has a quarter
 SMALL = 1 << 14  # elements of two matrices below which cutting them together saves time
 NORMAL = 2.0**-1022
 
@@ -45,10 +46,11 @@ def contract(a: ArrayLike | Prepared, b: ArrayLike | Prepared) -> Array:
         with np.errstate(all="ignore"):
             if not (isinstance(a, Prepared) or isinstance(b, Prepared)) and (m + n) * k <= SMALL:
                 pa, pb = _together(pa, pb)
-            if max(pa.value.size, pb.value.size, out.size) <= BLOCK:
+            if max(pa.value.size, pb.value.size, 4 * out.size) <= BLOCK:
                 _block(pa, pb, out)
             elif out.ndim == 2:
-                _matrix(pa, pb, out, isinstance(a, Prepared), isinstance(b, Prepared))
+                rooms = [None if isinstance(x, Prepared) else Room() for x in (a, b)]
+                _matrix(pa, pb, out, rooms[0], rooms[1])
             else:
                 _stack(pa.value.reshape(-1, m, k), pb.value.reshape(-1, n, k), out.reshape(-1, m, n))
     return out
@@ -62,24 +64,24 @@ def _together(a: Prepared, b: Prepared) -> tuple[Prepared, Prepared]:
     return both.rows(slice(0, m)), both.rows(slice(m, None))
 
 
-def _matrix(a: Prepared, b: Prepared, out: Array, keep_a: bool, keep_b: bool) -> None:
+def _matrix(a: Prepared, b: Prepared, out: Array, room_a: Room | None, room_b: Room | None) -> None:
     """Fills out (M, N) in blocks that bound the temporaries."""
-    step = max(1, min(BLOCK // a.shape[-1], 2048))
+    step = max(1, min(BLOCK // a.shape[-1], math.isqrt(BLOCK // 4)))
     for i in range(0, a.shape[0], step):
-        rows = a.block(i, i + step, keep_a)
+        rows = a.block(i, i + step, room_a)
         for j in range(0, b.shape[0], step):
-            _block(rows, b.block(j, j + step, keep_b), out[i : i + step, j : j + step])
+            _block(rows, b.block(j, j + step, room_b), out[i : i + step, j : j + step])
 
 
 def _stack(a: Array, b: Array, out: Array) -> None:
     """Fills out (P, M, N), several matrices at a time."""
-    step = BLOCK // max(a[0].size, b[0].size, out[0].size)
+    step = BLOCK // max(a[0].size, b[0].size, 4 * out[0].size)
     for i in range(0, len(out), max(1, step)):
         if step:
             at = slice(i, i + step)
             _block(Prepared(a[at]), Prepared(b[at]), out[at])
         else:
-            _matrix(Prepared(a[i]), Prepared(b[i]), out[i], False, False)
+            _matrix(Prepared(a[i]), Prepared(b[i]), out[i], Room(), Room())
 
 
 def _block(a: Prepared, b: Prepared, out: Array) -> None:
@@ -147,7 +149,7 @@ def _times(a: Array, b: Array) -> Array:
     return product
 
 
-def _pick(x: Array, columns: NDArray[np.intp] | None) -> Array:
+def _pick(x: Array, columns: Columns) -> Array:
     return x if columns is None else x[..., columns]
 
 
@@ -168,10 +170,10 @@ def _low(fa: Frame, sa: Slices, fb: Frame, sb: Slices) -> Array | None:
     if sa.middle is not None and sb.middle is not None:
         total = _times(sa.middle, _pick(fb.x, sa.columns) - _pick(sb.head, sa.columns))
     if sb.tail is not None:
-        other = _times(_pick(sa.head, sb.columns), sb.tail)
+        other = _times(_pick(sa.head, sb.tail_columns), sb.tail)
         total = other if total is None else np.add(total, other, out=total)
     if sa.tail is not None:
-        other = _times(sa.tail, _pick(fb.x, sa.columns))
+        other = _times(sa.tail, _pick(fb.x, sa.tail_columns))
         total = other if total is None else np.add(total, other, out=total)
     return total
 

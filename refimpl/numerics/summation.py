@@ -145,7 +145,9 @@ def _float64(x: ArrayLike) -> Array:
     if array.dtype.kind not in "fiub":
         raise Invalid(f"an operand has dtype {array.dtype}, but a contraction needs real numbers.")
     wide = array.astype(np.float64)
-    if array.dtype.itemsize >= 8 and not (wide.astype(array.dtype) == array).all():
+    with np.errstate(invalid="ignore"):
+        exact = array.dtype.itemsize < 8 or bool((wide.astype(array.dtype) == array).all())
+    if not exact:
         raise Invalid(f"an operand of dtype {array.dtype} holds values that float64 cannot represent.")
     return wide
 

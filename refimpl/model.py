@@ -199,12 +199,13 @@ class Model:
                 c,
                 ops=replace(self.ops, gate=gate.forced(read_routing(self.config, routing, given.ids.shape))),
             )
+        count = self._target_count(given, target_count)
         batch = self._batch(given)
         x, saved = given.ids.reshape(-1), []
         for unit in units(self.config):
             x, kept = unit_forward(c, unit, x, batch)
             saved.append(kept)
-        value, loss_saved = self._loss(c, x, given, target_count)
+        value, loss_saved = self._loss(c, x, given, count)
         run = _Run(c, batch, saved, loss_saved)
         shape = given.ids.shape
         named = dict(_named(run, self.config, patterns, shape))
@@ -267,20 +268,29 @@ class Model:
         size, length = given.ids.shape
         return Batch(size, length, tables, allowed(given.segments))
 
-    def _loss(
-        self, c: Context, logits: Array, given: Inputs, target_count: int | None
-    ) -> tuple[float | None, loss.Saved | None]:
+    def _target_count(self, given: Inputs, target_count: int | None) -> int | None:
+        """The divisor of the loss, checked; None without targets."""
         if given.targets is None:
-            return None, None
-        count = target_count
-        if count is None:
-            positions = self.choices.loss_divisor == "positions"
-            count = int((given.exists if positions else given.targets != loss.IGNORED).sum())
+            return None
+        if target_count is None:
+            counted = (
+                given.exists if self.choices.loss_divisor == "positions" else given.targets != loss.IGNORED
+            )
+            count = int(counted.sum())
             if count == 0:
                 raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
-        elif not isinstance(count, int | np.integer) or count < 1:
-            raise Invalid(f"target_count is {count!r}, but it has to be an integer of at least 1.")
-        value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), int(count))
+            return count
+        if not isinstance(target_count, int | np.integer) or target_count < 1:
+            raise Invalid(f"target_count is {target_count!r}, but it has to be an integer of at least 1.")
+        return int(target_count)
+
+    def _loss(
+        self, c: Context, logits: Array, given: Inputs, count: int | None
+    ) -> tuple[float | None, loss.Saved | None]:
+        if count is None:
+            return None, None
+        assert given.targets is not None  # there is a count only with targets
+        value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), count)
         return float(value), saved
 
     def _cotangents(self, result: Result, given: Mapping[str, npt.ArrayLike]) -> Cotangents:

@@ -109,8 +109,9 @@ def worst_error(cfg: ModelConfig, choices: Choices, seed: int, more: Any = None)
     return worst
 
 
-# Below this a gradient is rounding around zero (a gate whose single weight is normalised to a constant).
-FLOOR = 1e-6
+# The losses are about 3.  Gradients below this are compared absolutely: that of a gate whose single weight is
+# normalised to a constant is rounding around zero.
+FLOOR = 1e-3
 
 
 @settings(max_examples=40)

@@ -206,6 +206,18 @@ class TestFactors:
         )
         assert rope.softmax_scale(cfg, HF) == rope.softmax_scale(config(), HF)
 
+    @pytest.mark.parametrize(("given", "numerator"), [({}, 0.1), ({"mscale": 0.0}, 0.0)])
+    def test_remote_divides_by_the_mscale_of_all_dimensions_when_only_that_is_there(
+        self, given, numerator: float
+    ) -> None:
+        yarn = {k: v for k, v in YARN.items() if k != "mscale"} | given
+        ratio = (numerator * math.log(4.0) + 1) / (0.08 * math.log(4.0) + 1)
+        cfg = config(rope_scaling=yarn)
+        assert rope.cos_sin_factor(cfg, HF.replace(yarn_mscale_zero="remote")) == pytest.approx(
+            ratio, rel=1e-15
+        )
+        assert rope.cos_sin_factor(cfg, HF) == pytest.approx(0.1 * math.log(4.0) + 1)
+
 
 def test_tables_are_correctly_rounded_functions_of_the_angle_in_exact() -> None:
     at = tables(config(), np.arange(40), EXACT)

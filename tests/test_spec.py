@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import doctest
 import re
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import spec_tables
+import support
 
 import refimpl
+from refimpl.numerics.arithmetic import Floating, Operand
+from refimpl.numerics.recipe import SITES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "SPEC.md").read_text("utf-8")
@@ -184,3 +190,48 @@ def test_every_choice_has_a_box_and_every_recipe_a_table() -> None:
         assert f"\n#### Choice {choice.name}\n" in TEXT
     for recipe in spec_tables.RECIPES:
         assert f"<!-- table: recipe {recipe} -->" in TEXT
+
+
+class Sites(Floating):
+    """float64 that notes the sites that values cross."""
+
+    def __init__(self) -> None:
+        super().__init__(np.float64)
+        self.seen: set[str] = set()
+
+    def at(self, site: str, x: Any) -> Any:
+        self.seen.add(site)
+        return x
+
+    def operand(self, site: str, x: Any) -> Operand:
+        self.seen.add(site)
+        return Operand(x)
+
+
+@cache
+def crossed() -> frozenset[str]:
+    """Every site of a model with a query latent, and of one without."""
+    sites = Sites()
+    for changes in ({}, {"q_lora_rank": None}):
+        config = support.config(**changes)
+        ids = support.random_ids(config, (1, 4), 2)
+        model = refimpl.load((config, support.random_weights(config, 1)), sites)
+        model.backward(model.forward(ids, labels=ids))
+    return frozenset(sites.seen)
+
+
+def test_every_site_that_a_model_crosses_is_listed() -> None:
+    unlisted = [site for site in crossed() if not any(fnmatchcase(site, pattern) for pattern in SITES)]
+    assert not unlisted
+
+
+def test_every_listed_site_is_crossed() -> None:
+    idle = [pattern for pattern in SITES if not any(fnmatchcase(site, pattern) for site in crossed())]
+    assert not idle
+
+
+@pytest.mark.parametrize("name", list(spec_tables.RECIPES))
+def test_every_rule_of_a_recipe_decides_some_site(name: str) -> None:
+    rules = spec_tables.RECIPES[name].rules
+    first = {next(rule.site for rule in rules if fnmatchcase(site, rule.site)) for site in crossed()}
+    assert first == {rule.site for rule in rules}

@@ -36,7 +36,7 @@ SITES = {
     "experts.out": "the weighted sum of the chosen experts",
     "moe.out": "routed and shared experts together",
     "residual": "the residual stream",
-    "logits": "the head's output",
+    "lm_head.out": "the logits",
     "d.*": "the gradient of the value at the site that follows",
 }
 
@@ -79,7 +79,7 @@ RECIPES = {
             Rule("d.attention.scores", "fp32", "recorded", "report section 3.3.1"),
             Rule("rope.table", "bf16", "recorded", f"{_HF}: cos and sin are cast to the input's dtype"),
             Rule("norm.normed", "bf16", "recorded", f"{_HF}: cast before the gain"),
-            Rule("logits", "fp32", "modelled", "the loss is taken in float32"),
+            Rule("lm_head.out", "fp32", "modelled", "the loss is taken in float32"),
             Rule("d.logits", "bf16", "modelled", "the gradient that enters the head's Dgrad and Wgrad"),
             Rule("*", "bf16", "recorded", "every activation is stored in bfloat16"),
         ),

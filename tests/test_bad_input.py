@@ -1,4 +1,4 @@
-"""Bad input to load, forward and backward: one sentence that names the thing, what was found and what is required."""
+"""Bad input to load, forward and backward: one sentence with the thing, what was found, what is required."""
 
 from typing import Any
 

@@ -185,9 +185,10 @@ class TestBranches:
         assert owner.run() == 1
 
 
-class TestAliases:
-    ALIASES = {"head": "embedding"}
+SHARED = {"head": "embedding"}
 
+
+class TestAliases:
     def fill(self, grads):
         grads.rows("embedding", 0, np.array([0, 2]), np.array([[2.0**60], [3.0]]), 3)
         grads.weight("head", 0, Operand(np.array([[1.0, 0.0, 2.0]])), Operand(np.array([[-(2.0**60)]])))
@@ -196,12 +197,12 @@ class TestAliases:
 
     @pytest.mark.parametrize("deferred", [True, False])
     def test_both_uses_of_a_shared_parameter_add_up_under_one_name_rounded_once(self, deferred: bool) -> None:
-        found = self.fill(Gradients(EXACT, deferred, self.ALIASES))
+        found = self.fill(Gradients(EXACT, deferred, SHARED))
         assert list(found) == ["embedding"]
         assert found["embedding"].tolist() == [[2.0**-30], [5 * 2.0**-30], [3.0 - 2.0**61]]
 
     def test_float64_adds_them_too(self) -> None:
-        found = self.fill(Gradients(FLOAT64, aliases=self.ALIASES))
+        found = self.fill(Gradients(FLOAT64, aliases=SHARED))
         assert found["embedding"][1:].tolist() == [[5 * 2.0**-30], [3.0 - 2.0**61]]
 
 

@@ -32,7 +32,7 @@ TOLERANCE = 1e-10
 
 
 def complex_loss(cfg: ModelConfig, choices: Choices, weights: dict[str, Any], ids: Any, more: Any) -> complex:
-    """The loss as a complex number: `Result.loss` is a float, so the operation is replaced by one that tells."""
+    """The loss, complex: `Result.loss` is a float, so the operation is replaced by one that tells."""
     told = []
 
     def forward(*args: Any) -> Any:

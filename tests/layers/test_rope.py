@@ -108,13 +108,14 @@ class TestFrequencies:
         found = rope.inverse_frequencies(config(qk_rope_head_dim=8, rope_theta=10000.0), HF)
         with mpmath.workdps(40):
             expected = [float(mpmath.mpf(10000) ** (-mpmath.mpf(2 * m) / 8)) for m in range(4)]
-        # exp of a rounded logarithm: its argument of at most 7 is off by an ulp or two, 2^-51 absolute at most
+        # exp of a rounded logarithm: its argument, at most 7, is off by an ulp or two, at most 2^-51
         assert np.abs(found / expected - 1).max() <= 2.0**-50
         assert found[0] == 1.0
 
     def test_yarn_keeps_the_fast_divides_the_slow_and_is_linear_between(self) -> None:
         cfg = config(qk_rope_head_dim=16, rope_theta=100.0, rope_scaling=YARN)
-        # Pair m turns 16 / (2 pi 100^(m/8)) times over 16 tokens: 4 times at m < 0, so 0; once at m = 1.62, so 2.
+        # Pair m turns 16 / (2 pi 100^(m/8)) times over 16 tokens: 4 times at m < 0, so from 0; once at m = 1.62,
+        # so to 2.
         plain = rope.inverse_frequencies(config(qk_rope_head_dim=16, rope_theta=100.0), HF)
         ramp = np.array([0, 0.5, 1, 1, 1, 1, 1, 1])
         assert rope.inverse_frequencies(cfg, HF) == pytest.approx(

@@ -31,8 +31,8 @@ RECORDINGS = Path(__file__).parent / "recordings" / "models"
 STEP = 1e-30
 
 # A complex step has no truncation error, so what remains is the rounding of two float64 computations: at most
-# MEASURED of the size of the terms in all tests of layers.  A wrong term is many digits above.
-TOLERANCE = 1e-11
+# 6e-15 of the size of the terms in all tests of layers.  A wrong term is many digits above.
+TOLERANCE = 1e-12
 
 BASE = {
     "model_type": "deepseek_v3",

@@ -379,7 +379,7 @@ class TestPrecisions:
 
     @pytest.mark.parametrize(("precision", "unit"), [("float64", 2.0**-53), ("float32", 2.0**-24)])
     def test_they_agree_with_exact_to_their_unit_roundoff(self, precision: str, unit: float) -> None:
-        """Up to 150 roundings' worth is measured: small root mean squares amplify.  Three times is allowed."""
+        """Up to 150 roundings are measured: small root mean squares amplify.  Three times that is allowed."""
         result = EXACT_MODEL.forward(IDS, targets=TARGETS)
         own = result.tensors["model.layers.1.mlp.gate.topk_idx"]
         one = model(precision=precision)

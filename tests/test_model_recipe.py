@@ -83,7 +83,7 @@ def test_attention_scores_are_kept_in_float32_and_probabilities_are_not() -> Non
 
 
 def test_gradients_of_activations_are_rounded_where_they_are_stored() -> None:
-    """As that which reaches the embedding: sums over tokens are not rounded, and here every id is there once."""
+    """As that which reaches the embedding: sums over tokens are not rounded, and here ids differ."""
     ids = np.arange(12).reshape(2, 6)
     gradient = MODEL.backward(MODEL.forward(ids, targets=ids))["model.embed_tokens.weight"]
     assert gradient.any(-1).sum() == 12

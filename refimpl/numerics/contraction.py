@@ -30,6 +30,7 @@ __all__ = ["Prepared", "contract", "dot", "mean", "prepare", "segment_sum", "sum
 
 BLOCK = 1 << 22  # elements of a block of an operand, 32 MiB; a block of a result has a quarter
 SMALL = 1 << 14  # elements of two matrices below which cutting them together saves time
+LONG = 1 << 14  # longer rows are contracted in pieces, as the error bound grows faster than their length
 NORMAL = 2.0**-1022
 
 
@@ -66,7 +67,7 @@ def _together(a: Prepared, b: Prepared) -> tuple[Prepared, Prepared]:
 
 def _matrix(a: Prepared, b: Prepared, out: Array, room_a: Room | None, room_b: Room | None) -> None:
     """Fills out (M, N) in blocks that bound the temporaries."""
-    step = max(1, min(BLOCK // a.shape[-1], math.isqrt(BLOCK // 4)))
+    step = max(1, min(BLOCK // min(a.shape[-1], LONG), math.isqrt(BLOCK // 4)))
     for i in range(0, a.shape[0], step):
         rows = a.block(i, i + step, room_a)
         for j in range(0, b.shape[0], step):
@@ -85,6 +86,47 @@ def _stack(a: Array, b: Array, out: Array) -> None:
 
 
 def _block(a: Prepared, b: Prepared, out: Array) -> None:
+    if a.shape[-1] <= LONG:
+        _short(a, b, out)
+    elif not _long(a.value, b.value, out):
+        step = max(1, BLOCK // a.shape[-1]) if out.ndim == 2 else max(out.shape)
+        for i in range(0, a.shape[-2], step):
+            for j in range(0, b.shape[-2], step):
+                at = slice(i, i + step), slice(j, j + step)
+                _short(a.rows(at[0]), b.rows(at[1]), out[(..., *at)])
+
+
+def _long(a: Array, b: Array, out: Array) -> bool:
+    """Adds up pieces of K, with the rounding of every sum in the bound; returns whether it could."""
+    high, low, error = np.zeros(out.shape), np.zeros(out.shape), np.zeros(out.shape)
+    for i in range(0, a.shape[-1], LONG):
+        at = slice(i, i + LONG)
+        pa, pb = Prepared(a[..., at]), Prepared(b[..., at])
+        fa, fb = pa.frame, pb.frame
+        if any(f.shift is not None or f.special is not None or f.lossy for f in (fa, fb)):
+            return False
+        sa, sb = pa.slices, pb.slices
+        for term in (_times(sa.head, sb.head), _cross(sa, sb)):
+            if term is not None:
+                high, rest = two_sum(high, term)
+                low += rest
+                error += np.abs(low) * 2.0**-52
+        rough = _low(fa, sa, fb, sb)
+        if rough is not None:
+            low += rough
+            error += np.abs(low) * 2.0**-52
+        if sa.middle is not None or sb.middle is not None:
+            error += _error(fa, fb)
+    error = (error + np.abs(low) * 2.0**-52) * (1.0 + 2.0**-20)
+    above = high + (low + error)
+    np.add(above, 0.0, out=out)
+    open_ = above != high + (low - error)
+    if open_.any():
+        _decide_exactly(a, b, np.nonzero(open_), out)
+    return True
+
+
+def _short(a: Prepared, b: Prepared, out: Array) -> None:
     fa, fb = a.frame, b.frame
     rounded, open_ = _product(fa, a.slices, fb, b.slices)
     if fa.shift is not None or fb.shift is not None:

@@ -223,17 +223,35 @@ def test_the_order_of_the_inner_axis_does_not_matter():
     assert not twin.same_bits(a @ b.T, a[:, order] @ b[:, order].T)
 
 
-@pytest.mark.parametrize("block", [1, 40, 300])
-@pytest.mark.parametrize(
-    "name", ["normal", "a batch", "any bits", "bfloat16", "cancellation", "sparse low bits"]
-)
+BLOCKED = ["normal", "a batch", "any bits", "bfloat16", "cancellation", "long rows of float32", "zero rows"]
+
+
+@pytest.mark.parametrize("block", [1, 40, 300, 12000])
+@pytest.mark.parametrize("name", BLOCKED)
 def test_blocking_does_not_matter(monkeypatch, name, block):
     a, b = DATA[name]
     want = contract(a, b)
+    monkeypatch.setattr(contraction, "SMALL", 0)
+    assert twin.same_bits(contract(a, b), want)
     monkeypatch.setattr(contraction, "BLOCK", block)
+    monkeypatch.setattr(slicing, "CHUNK", block)
     monkeypatch.setattr(summation, "CHUNK", block)
     assert twin.same_bits(contract(a, b), want)
     assert twin.same_bits(contract(prepare(a), prepare(b)), want)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_pieces_of_the_inner_axis_do_not_matter(monkeypatch, name):
+    a, b = DATA[name]
+    want = contract(a, b)
+    monkeypatch.setattr(contraction, "LONG", a.shape[-1] // 5 + 1)
+    assert twin.same_bits(contract(a, b), want)
+
+
+def test_rows_longer_than_a_piece():
+    a, b = normal(2, 17000), normal(2, 17000)
+    assert a.shape[1] > contraction.LONG
+    assert twin.same_bits(contract(a, b), twin.contract(a, b))
 
 
 @pytest.mark.parametrize("name", ["normal", "a batch", "any bits", "bfloat16", "overflow", "sparse low bits"])

@@ -1,7 +1,7 @@
 """An implementation from the text of SPEC.md alone gives the same bits as `exact`.
 
-Everything below is written from the clauses, with exact rational sums and mpmath for the functions, and shares
-no code with the package; elementwise operations are IEEE's.  It is slow, so the model is small.
+Everything below is written from the clauses, with exact rational sums and mpmath for the functions, and it
+shares no code with the package; elementwise operations are those of IEEE.  It is slow, so the model is small.
 """
 
 # ruff: noqa: N803, N806 - one-letter names are the alphabet of SPEC.md
@@ -142,11 +142,13 @@ class Text:
         return cos(angle) * factor, sin(angle) * factor
 
     def rotate(self, x: Array, cosine: Array, sine: Array) -> Array:
-        """(T, H, R), pairs (2m, 2m + 1)."""
-        y = np.empty_like(x)
-        x0, x1 = x[..., 0::2], x[..., 1::2]
-        y[..., 0::2] = x0 * cosine[:, None] - x1 * sine[:, None]
-        y[..., 1::2] = x0 * sine[:, None] + x1 * cosine[:, None]
+        """(T, H, R), pairs (2m, 2m + 1), or (m, m + R/2)."""
+        half = x.shape[-1] // 2
+        near = self.c.get("rope_interleave", True)
+        first, second = (slice(0, None, 2), slice(1, None, 2)) if near else (slice(half), slice(half, None))
+        y, x0, x1 = np.empty_like(x), x[..., first], x[..., second]
+        y[..., first] = x0 * cosine[:, None] - x1 * sine[:, None]
+        y[..., second] = x0 * sine[:, None] + x1 * cosine[:, None]
         return y
 
     # MASK-2, MASK-3
@@ -354,9 +356,10 @@ class Text:
 
 V3_YARN = {"rope_scaling": support.YARN}
 V2_SOFTMAX = support.V2 | {"q_lora_rank": None, "rope_scaling": None}
+SINGLE = {"rope_interleave": False, "num_experts_per_tok": 1, "n_shared_experts": 2, "topk_group": 4}
 
 
-@pytest.mark.parametrize("changes", [V3_YARN, V2_SOFTMAX], ids=["v3-yarn", "v2-softmax"])
+@pytest.mark.parametrize("changes", [V3_YARN, V2_SOFTMAX, SINGLE], ids=["v3-yarn", "v2-softmax", "single"])
 def test_text_and_package_give_the_same_bits(changes: dict[str, Any]) -> None:
     given = support.BASE | changes
     config = support.config(**changes)

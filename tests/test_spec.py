@@ -15,6 +15,7 @@ import spec_tables
 import support
 
 import refimpl
+from refimpl.cases import judge, judging
 from refimpl.numerics.arithmetic import Floating, Operand
 from refimpl.numerics.recipe import SITES
 
@@ -235,3 +236,13 @@ def test_every_rule_of_a_recipe_decides_some_site(name: str) -> None:
     rules = spec_tables.RECIPES[name].rules
     first = {next(rule.site for rule in rules if fnmatchcase(site, rule.site)) for site in crossed()}
     assert first == {rule.site for rule in rules}
+
+
+def test_constants_of_verdicts_are_those_of_the_code() -> None:
+    text = {clause: " ".join(body.split()) for clause, body in clauses().items()}
+    assert f"the element's bound is {judging.ROW_FACTOR:g} times the noise of its row" in text["VERDICT-4"]
+    assert "anything beyond 1e4 of the same sign" in text["VERDICT-5"]
+    assert judge.MASKED == 1e4
+    assert f"`{judge.SPREAD:g} + 4 / sqrt(count)`" in text["VERDICT-6"]
+    assert judge.spread_factor(100) == judge.SPREAD + 4 / 10
+    assert f"at most {judge.BIAS:g} times that of the noise plus 4 accumulate roundoffs" in text["VERDICT-7"]

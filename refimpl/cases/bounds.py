@@ -1,26 +1,26 @@
 """How far a correct implementation may be off, per element.  SPEC VERDICT-3.
 
-An operation is computed once more in float64 on arrays that carry an error bound beside each value.  Every rule is
-the first-order propagation of absolute errors, plus the rounding that the step itself may add:
+An operation is computed once more in float64 on arrays that carry an error bound beside each value.  Every
+rule is the first-order propagation of absolute errors, plus the rounding that the step itself may add:
 
     x + y       err x + err y                                 + u |x + y|
     x y         |x| err y + |y| err x                         + u |x y|
     x / y       err x / |y| + |x| err y / y^2                 + u |x / y|
     sum of n    sum of err x                                  + u n sum |x|
-    a b^T       |a| err b^T + err a |b|^T                     + u n |a| |b|^T       (n is the length of the sum)
+    a b^T       |a| err b^T + err a |b|^T                     + u n |a| |b|^T
     f(x)        |f'(x)| err x                                 + u (4 |f(x)| + |x f'(x)|)
 
 n u bounds every order of summation.  The function's rule allows four roundings of the result and one of the
-argument, which covers the fast forms of accelerators.  Bounds are linear in the roundoffs, so they are kept as
-coefficients of the three roundoffs of a claim (`claims.PARTS`), and one bound serves every claim.
+argument, which covers the fast forms of accelerators.  Bounds are linear in the roundoffs, so they are kept
+as coefficients of the three roundoffs of a claim (`claims.PARTS`), and one bound serves every claim.
 
-A fourth coefficient is pending: one storage rounding per elementary operation since the last boundary, because an
-implementation may run a step as several kernels that each store their result.  It becomes part of `storage` at
-the boundary, and is dropped by what every implementation computes in float32: the arguments of elementary
-functions, and sums.
+A fourth coefficient is pending: one storage rounding per elementary operation since the last boundary,
+because an implementation may run a step as several kernels that each store their result.  It becomes part
+of `storage` at the boundary, and is dropped by what every implementation computes in float32: the arguments
+of elementary functions, and sums.
 
-What these bounds leave out: terms of second order in u, underflow, and the discrete decisions of the gate, which are
-forced to the exact ones (a case says separately how close those were).
+What these bounds leave out: terms of second order in u, underflow, and the discrete decisions of the gate,
+which are forced to the exact ones (a case says separately how close those were).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _filled(x: Bounded, other: Bounded, put: Callable[[Array, Array], None]) -> 
         if part is None and new is None:
             parts.append(None)
             continue
-        part = np.zeros(x.shape) if part is None else part
+        part = np.zeros(x.shape) if part is None else np.array(part)  # broadcast views cannot be written
         put(part, np.zeros(other.shape) if new is None else new)
         parts.append(part)
     return (parts[0], parts[1], parts[2], parts[3])

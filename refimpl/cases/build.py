@@ -15,7 +15,8 @@ from refimpl.cases.format import INPUT, PROBE, REQUIRED, WEIGHT, Case, Tensor
 from refimpl.cases.judging import InMemory, decided
 from refimpl.cases.programs import IDX, Outputs, Setting
 from refimpl.cases.tolerances import Judges
-from refimpl.errors import Error, Invalid
+from refimpl.config.model import ModelConfig
+from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Arithmetic, Array, Exact
 
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
@@ -24,8 +25,8 @@ NETWORKS = ("model",)  # judged by the noise floor: bounds of whole networks say
 
 _DERIVATIONS = {
     "exact": "Every order of float32 accumulation gives these bits, so they are demanded.",
-    "bound": "Per element and roundoff: the smaller of the bound of first order, from the same computation on "
-    "absolute values with the length of every sum, and 8 times the noise of the row under random roundings.",
+    "bound": "Per element and roundoff: the smaller of the bound of first order (the same computation on absolute "
+    "values, with the length of every sum) and 8 times the noise of the row under random roundings.",
     "noise": "Per row and roundoff: 8 times the noise under random roundings, with the exact routing.",
 }
 
@@ -48,8 +49,7 @@ def build(definition: Definition) -> Built:
     if definition.rejects:
         return _rejected(definition, given, case)
     expected = {n: np.asarray(v) for n, v in run(definition, given, Exact(), definition.forced).items()}
-    if definition.forced:
-        expected = {name: value for name, value in expected.items() if not name.endswith(IDX)}
+    expected = {name: value for name, value in expected.items() if _kept(definition, name)}
     _check(definition, expected)
     judges = {} if definition.exact else _judges(definition, given, expected)
     sets = _sets(definition, given, expected, judges)
@@ -109,7 +109,7 @@ def _case(d: Definition, tensors: tuple[Tensor, ...]) -> Case:
         clauses=d.clauses,
         component=d.component,
         backward=d.backward,
-        config=d.config.to_dict(),
+        config={**d.config.to_dict(), **d.published},
         choices=d.choices.to_dict(),
         flags=tuple(flag.to_json() for flag in d.flags),
         claims=(),
@@ -125,10 +125,19 @@ def _case(d: Definition, tensors: tuple[Tensor, ...]) -> Case:
 
 def _rejected(d: Definition, given: Mapping[str, Array], case: Case) -> Built:
     try:
+        ModelConfig.from_dict(case.config)
         run(d, given, Exact(), d.forced)
-    except Error:
+    except Invalid:
         return Built(case, given, {}, {})
     raise Invalid(f"case {d.id} is to be rejected, but it was computed without an error.")
+
+
+def _kept(d: Definition, name: str) -> bool:
+    """Routing that is given is no output; the slots' order is ours; probes of the forward are in the
+    forward case."""
+    if (d.forced and name.endswith(IDX)) or name.endswith(".slots"):
+        return False
+    return d.is_required(name) or not d.backward or name.endswith(".gate.scores")
 
 
 def _check(d: Definition, expected: Mapping[str, Array]) -> None:
@@ -189,8 +198,8 @@ def _output(
 
 
 def _decided_by(d: Definition, name: str, sets: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
-    """Rows of what comes after a gate count only where that gate decided; weights' gradients sum over all rows, so
-    cases whose outputs mix rows are not offered where any row is open."""
+    """Rows of what comes after a gate count only where that gate decided; weights' gradients sum over all
+    rows, so cases whose outputs mix rows are not offered where any row is open."""
     if not sets or d.component in NETWORKS or name in sets or name.startswith("grad."):
         return ()
     gates = [s for s in sets if _order(name) > _order(s)]

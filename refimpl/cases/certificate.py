@@ -7,8 +7,10 @@ For every claim and every required tensor, the verdict is given outputs that are
     scaled    0.9 of the right values
     rows      the right values, each row in the place of another one
 
-A claim under which one of them would pass is not offered by the case, and case.json says which tensor let it pass.
-A wrong output that is the right one (the rows of a constant, a tensor of zeros) is named as not applicable.
+A gradient that would pass under a claim is not judged under it, and case.json lists it (`unjudged`).  When
+it is a result, or more than half of the required tensors, the case does not offer the claim, and case.json
+says why. A wrong output that is the right one (the rows of a constant, a tensor of zeros) is named as not
+applicable.
 """
 
 from __future__ import annotations
@@ -43,20 +45,31 @@ def certified(
     Raises Invalid if no claim is left.
     """
     reference = InMemory(case, expected, extras)
-    rejects: dict[str, dict[str, Any]] = {}
     refused = {name: why for name, why in offered.items() if why is not None}
     unfit: dict[str, dict[str, str]] = {}
-    for name, why in offered.items():
-        if why is not None:
+    unjudged: dict[str, list[str]] = {}  # tensor -> claims
+    rejects: dict[str, dict[str, Any]] = {}
+    required = [t for t in case.outputs if t.role == REQUIRED]
+    for name in (name for name, why in offered.items() if why is None):
+        factors = {t.name: _factors(reference, t, CLAIMS[name], unfit) for t in required}
+        blind = [tensor for tensor, own in factors.items() if own and min(own.values()) <= 1.0]
+        essential = [tensor for tensor in blind if not tensor.startswith("grad.")]
+        if essential or 2 * len(blind) > len(required):
+            wrong = min(factors[blind[0]], key=lambda w: factors[blind[0]][w])
+            refused[name] = f"the verdict would accept {blind[0]} when it is wrong: {wrong}"
             continue
-        factors, fault = _factors(reference, CLAIMS[name], unfit)
-        if fault is None:
-            rejects[name] = factors
-        else:
-            refused[name] = fault
+        for tensor in blind:
+            unjudged.setdefault(tensor, []).append(name)
+        seen = [own for tensor, own in factors.items() if tensor not in blind]
+        rejects[name] = {
+            w: _round(min(own[w] for own in seen if w in own)) for w in WRONG if any(w in own for own in seen)
+        }
     if not rejects:
         raise Invalid(f"case {case.id} is offered for no claim: {refused}.")
-    tensors = tuple(_with_largest(reference, t, tuple(rejects)) for t in case.tensors)
+    tensors = tuple(
+        _with_largest(reference, replace(t, unjudged=tuple(unjudged.get(t.name, ()))), tuple(rejects))
+        for t in case.tensors
+    )
     return replace(
         case,
         claims=tuple(rejects),
@@ -67,24 +80,18 @@ def certified(
 
 
 def _factors(
-    reference: InMemory, claim: Claim, unfit: dict[str, dict[str, str]]
-) -> tuple[dict[str, Any], str | None]:
-    """wrong output -> smallest factor over the required tensors; and the first that passes, as a reason."""
-    smallest: dict[str, float] = {}
-    for t in reference.case.outputs:
-        if t.role != REQUIRED:
-            continue
-        right = reference.expected[t.name]
-        for name, spoil in WRONG.items():
-            wrong = spoil(right) if not t.set else _spoiled_set(name, right, t)
-            if wrong is None or np.array_equal(_comparable(t, wrong), _comparable(t, right)):
-                unfit.setdefault(t.name, {})[name] = "gives the right values"
-                continue
-            factor = _factor(reference, t, wrong, claim)
-            if factor <= 1.0:
-                return {}, f"the verdict would accept {t.name} when it is wrong: {name}"
-            smallest[name] = min(factor, smallest.get(name, np.inf))
-    return {name: _round(value) for name, value in smallest.items()}, None
+    reference: InMemory, t: Tensor, claim: Claim, unfit: dict[str, dict[str, str]]
+) -> dict[str, float]:
+    """wrong output -> by what factor the verdict misses it."""
+    found: dict[str, float] = {}
+    right = reference.expected[t.name]
+    for name, spoil in WRONG.items():
+        wrong = spoil(right) if not t.set else _spoiled_set(name, right, t)
+        if wrong is None or np.array_equal(_comparable(t, wrong), _comparable(t, right)):
+            unfit.setdefault(t.name, {})[name] = "gives the right values"
+        else:
+            found[name] = _factor(reference, t, wrong, claim)
+    return found
 
 
 def _factor(reference: InMemory, t: Tensor, wrong: Array, claim: Claim) -> float:
@@ -120,7 +127,7 @@ def _with_largest(reference: InMemory, t: Tensor, claims: tuple[str, ...]) -> Te
     largest: dict[str, float] = {}
     for name in claims:
         values, index = reference.judged(t)
-        allowed = tolerance(reference, t, CLAIMS[name], index, values.size)
+        allowed = tolerance(reference, t, CLAIMS[name], values, index)
         if allowed is not None:
             largest[name] = float(f"{float(np.max(allowed.element)):.3g}")
     return replace(t, largest=largest)

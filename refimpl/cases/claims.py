@@ -26,7 +26,8 @@ PARTS: Final = ("storage", "product", "accumulate")
 
 @dataclass(frozen=True)
 class Claim:
-    """A precision: its three roundoffs, and the significand and smallest exponent in which ulps are counted."""
+    """A precision: its three roundoffs, and the significand and smallest exponent in which ulps are
+    counted."""
 
     name: str
     storage: float

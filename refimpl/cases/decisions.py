@@ -1,10 +1,10 @@
 """How close the gate's decisions are.  SPEC VERDICT-8.
 
 A row's margin is the smallest change of the numbers it is decided on that gives another set of experts: the
-distance of the last chosen from the first rejected expert among the kept groups, or that of the last kept from the
-first dropped group, divided by the number of experts that make a group's score.  The doubt is how far an
-implementation's numbers may be from the exact ones.  Two numbers move towards each other, so a decision is
-certain when its margin exceeds twice the doubt.
+distance of the last chosen from the first rejected expert among the kept groups, or that of the last kept
+from the first dropped group, divided by the number of experts that make a group's score.  The doubt is how
+far an implementation's numbers may be from the exact ones.  Two numbers move towards each other, so a
+decision is certain when its margin exceeds twice the doubt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from refimpl.numerics.arithmetic import Array
 
 
 def margins(choice: Array, config: ModelConfig, choices: Choices) -> Array:
-    """choice (T, N): the scores with the selection bias  ->  (T,), infinite where nothing could be different."""
+    """choice (T, N): the scores with the selection bias  ->  (T,), infinite where nothing could be
+    different."""
     kept = gate.kept_groups(choice, config, choices)  # (T, N)
     inside = -np.sort(np.where(kept, -choice, np.inf), axis=-1)
     k = config.num_experts_per_tok
@@ -40,8 +41,8 @@ def margins(choice: Array, config: ModelConfig, choices: Choices) -> Array:
 
 
 def doubts(scores: Array, choice: Array, judges: Judges) -> dict[str, Array]:
-    """scores, choice (T, N)  ->  kind -> (T,), per unit of each roundoff; adding the bias and joining a group's
-    scores are a rounding each."""
+    """scores, choice (T, N)  ->  kind -> (T,), per unit of each roundoff; adding the bias and joining a
+    group's scores are a rounding each."""
     found: dict[str, Array] = {}
     for kind in PARTS:
         row = np.zeros(len(choice))

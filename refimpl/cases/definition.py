@@ -116,6 +116,7 @@ class Definition:
     flags: tuple[Flag, ...] = ()
     claims: tuple[str, ...] = tuple(CLAIMS)
     rejects: str | None = None  # why the input must be refused
+    published: Mapping[str, Any] = field(default_factory=dict)  # invalid fields that config.json has instead
     shared: bool = False  # weights are an asset, shared with other cases
 
     @property
@@ -179,7 +180,8 @@ def power(std: float) -> float:
 
 
 def shaped(base: ModelConfig, **changes: Any) -> ModelConfig:
-    """A configuration with other values, without what says nothing about the function (FP8 blocks among it)."""
+    """A configuration with other values, without what says nothing about the function (FP8 blocks among
+    it)."""
     fields = base.to_dict() | changes
     if "num_attention_heads" in changes:
         fields["num_key_value_heads"] = changes["num_attention_heads"]

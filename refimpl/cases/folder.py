@@ -1,7 +1,7 @@
 """Reading and writing case folders.  SPEC CASE-3, CASE-4.
 
-A folder is written under a temporary name and renamed when it is complete.  What is read is checked: file sizes by
-the safetensors codec before anything is allocated, shapes and digests against case.json.
+A folder is written under a temporary name and renamed when it is complete.  What is read is checked: file
+sizes by the safetensors codec before anything is allocated, shapes and digests against case.json.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from refimpl.errors import Unreadable
 from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 
-WHOLE = 2048  # elements of a generated input up to which it is committed
-SAMPLES = 1024  # elements that are kept of an output
-KEPT_OUTPUT = 4096  # elements of an output up to which it is kept whole
+WHOLE = 1 << 14  # elements of all generated inputs, or all generated weights, up to which they are committed
+SAMPLES = 256  # elements that are kept of an output
+KEPT_OUTPUT = 512  # elements of an output up to which it is kept whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Folder:
         return _file(self.path / EXPECTED)
 
     def given(self, t: Tensor) -> Array:
-        """An input or weight, from whichever of its places has it, float64, int64 or bool.  Raises Unreadable."""
+        """An input or weight, from whichever of its places has it, float64, int64 or bool.  Raises
+        Unreadable."""
         array = self._find(t)
         if array.shape != t.shape:
             raise Unreadable(
@@ -78,7 +79,8 @@ class Folder:
         return generated(t.shape, t.generator)
 
     def judged(self, t: Tensor) -> tuple[Array, Array | None]:
-        """(elements, their flat positions or None for all of them) of an expected output, flat.  Raises Unreadable."""
+        """(elements, their flat positions or None for all of them) of an expected output, flat.  Raises
+        Unreadable."""
         if t.name in self.expected:
             whole = self.expected[t.name]
             if whole.shape != t.shape or format.digest(whole, t.dtype) != t.sha256:
@@ -181,7 +183,7 @@ def contents(
     outputs: dict[str, Array | Stored] = {}
     for t in case.tensors:
         if t.given:
-            if t.asset is None and (whole or t.generator is None or t.size <= WHOLE):
+            if t.asset is None and (whole or t.generator is None or _few(case, t.role)):
                 inputs[t.name] = stored(given[t.name], t.dtype)
             continue
         if t.samples is None or whole:
@@ -189,13 +191,17 @@ def contents(
         else:
             index = sample_positions(t.name, t.size)
             outputs[f"samples/{t.name}"] = stored(expected[t.name].reshape(-1)[index], t.dtype)
-            outputs[f"index/{t.name}"] = index
+            outputs[f"index/{t.name}"] = index.astype(np.int32 if t.size < 1 << 31 else np.int64)
         for kind in t.extras:
             array = extras[f"{kind}/{t.name}"]
             if t.samples is not None and not whole and array.shape == t.shape:
                 array = array.reshape(-1)[index]
             outputs[f"{kind}/{t.name}"] = stored(array, "F64" if kind == "margin" else "BF16")
     return {INPUTS: inputs, EXPECTED: outputs} if case.outputs else {INPUTS: inputs}
+
+
+def _few(case: Case, role: str) -> bool:
+    return sum(t.size for t in case.tensors if t.role == role and t.generator is not None) <= WHOLE
 
 
 def stored(array: Array, dtype: str) -> Stored:

@@ -5,14 +5,16 @@
     <suite>/<case>/expected.safetensors   the exact outputs, and what bounds their errors
     assets/<sha256>.safetensors           weights that several cases share
 
-A tensor that the generator makes need not be in a file: its key and parameters are in case.json.  A large output
-may be kept as samples: `samples/NAME` are its elements at the flat positions `index/NAME`.  What judges a tensor is
-beside it as `KIND/NAME`; what is absent is zero:
+A tensor that the generator makes need not be in a file: its key and parameters are in case.json.  A large
+output may be kept as samples: `samples/NAME` are its elements at the flat positions `index/NAME`.  What
+judges a tensor is beside it as `KIND/NAME`; what is absent is zero:
 
-    bound.storage, bound.product, bound.accumulate     what an element may be off per unit of each roundoff: of the
+    bound.storage, bound.product, bound.accumulate     what an element may be off per unit of each roundoff:
+    of the
                                                        tensor's shape, or with a last axis of 1 for whole rows
-    margin                                             of a set: how far the decision of a row is from another one
-    doubt.storage, doubt.product, doubt.accumulate     of a set: the bound of what decides, per row
+    margin                                             of a set: how far the decision of a row is from
+    another one doubt.storage, doubt.product, doubt.accumulate     of a set: the bound of what decides, per
+    row
 
 Tensors are hashed, never files.  Nothing in a case names a path.
 """
@@ -60,6 +62,7 @@ class Tensor:
     below: int | None = None
     spread: tuple[float, float, float] | None = None
     bias: tuple[float, float, float] | None = None
+    unjudged: tuple[str, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
     margins: tuple[float, float] | None = None
     extras: Mapping[str, str] = field(default_factory=dict)
@@ -165,7 +168,8 @@ def cases(root: str | Path, suites: Iterable[str] = ()) -> list[Path]:
 
 
 def digest(array: Array, dtype: str) -> str:
-    """SHA-256 of the tensor's little-endian bytes in C order.  Raises Invalid for values that dtype has not."""
+    """SHA-256 of the tensor's little-endian bytes in C order.  Raises Invalid for values that dtype has
+    not."""
     return hashlib.sha256(np.ascontiguousarray(encode(array, dtype)).tobytes()).hexdigest()
 
 
@@ -196,7 +200,7 @@ def asset_name(weights: Iterable[Tensor]) -> str:
 def pretty(value: Any, indent: int = 0) -> str:
     """JSON in reading order: what fits is on one line, the rest is indented by one space."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if len(line) + indent <= 100 or not isinstance(value, dict | list | tuple) or not value:
+    if len(line) + indent <= 140 or not isinstance(value, dict | list | tuple) or not value:
         return line
     pad = " " * (indent + 1)
     if isinstance(value, dict):
@@ -219,7 +223,8 @@ def _tensor_json(t: Tensor) -> dict[str, Any]:
 
 
 def _tensor(given: Mapping[str, Any]) -> Tensor:
-    return Tensor(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    return Tensor(**values)
 
 
 def _check(case: Case, what: str) -> None:

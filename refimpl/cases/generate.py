@@ -28,7 +28,8 @@ def definitions(suites: Iterable[str] = ()) -> list[Definition]:
 def generate(
     suites: Iterable[str], out: Path, *, whole: bool, jobs: int, done: Callable[[str], None] = lambda id: None
 ) -> int:
-    """Write the cases of suites below `out`; returns how many.  whole: large tensors too, not only samples of them.
+    """Write the cases of suites below `out`; returns how many.  whole: large tensors too, not only samples
+    of them.
 
     done(id) is called after each.  Raises Invalid for unknown suites, Unreadable for what cannot be written.
     """

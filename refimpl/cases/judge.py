@@ -4,16 +4,19 @@ A tensor holds when three things do:
 
     element   |theirs - ours| <= bound of that element, for every element
     spread    the root mean square of the errors <= SPREAD times that of the noise floor
-    bias      |sum(error * ours) / sum(ours^2)|, the common factor in which it is off, <= BIAS times the noise's
+    bias      |sum(error * ours) / sum(ours^2)|, the common factor in which it is off, <= BIAS times the
+    noise's
 
-The bound grows with the length of sums as if all roundings conspired, so it is loose where sums are long; spread
-and bias are not, and catch what is a little wrong everywhere.  NaN and infinities never pass, except where the
-exact value is an infinity (a masked score): there anything below -1e4 of its sign, or the infinity, passes.
+The bound grows with the length of sums as if all roundings conspired, so it is loose where sums are long;
+spread and bias are not, and catch what is a little wrong everywhere.  NaN and infinities never pass, except
+where the exact value is an infinity (a masked score): there anything below -1e4 of its sign, or the
+infinity, passes.
 
-SPREAD is 4: independent roundings reach 1.3 times the noise's model at most (roundings are uniform, the model's
-largest possible), kernels that store twice in a step sqrt(2), tables rounded once for all tokens do not average out;
-the product of these is below 3.  BIAS is 6, since one number is averaged over few runs only.  For tensors of few
-elements the root mean square is itself a random number: SPREAD grows by 4 / sqrt(elements).
+SPREAD is 4: independent roundings reach 1.3 times the noise's model at most (roundings are uniform, the
+model's largest possible), kernels that store twice in a step sqrt(2), tables rounded once for all tokens do
+not average out;
+the product of these is below 3.  BIAS is 6, since one number is averaged over few runs only.  For tensors
+of few elements the root mean square is itself a random number: SPREAD grows by 4 / sqrt(elements).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Judging one output of a case: which elements count, and what a claim allows them.  SPEC VERDICT-3 to VERDICT-8."""
+"""Judging one output of a case: which elements count, and what a claim allows them.  SPEC VERDICT-3 to
+VERDICT-8."""
 
 from __future__ import annotations
 
@@ -81,9 +82,10 @@ def combined(parts: Parts, claim: Claim) -> float:
 
 
 def tolerance(
-    reference: Reference, t: Tensor, claim: Claim, index: Array | None, count: int
+    reference: Reference, t: Tensor, claim: Claim, ours: Array, index: Array | None
 ) -> Tolerance | None:
-    """What the claim allows the judged elements; None when they have to be equal."""
+    """What the claim allows the judged elements, which are `ours`; None when they have to be equal."""
+    count = ours.size
     if reference.case.tolerance is None or reference.case.tolerance["derivation"] == "exact":
         return None
     element = np.full(count, 8.0 * 2.0 ** (claim.lowest - claim.bits))  # underflow of the storage format
@@ -93,7 +95,10 @@ def tolerance(
             element = element + u * _of_elements(own, t, index)
     spread = combined(t.spread, claim) if t.spread else 0.0
     bias = combined(t.bias, claim) if t.bias else 0.0
-    return Tolerance(element, spread_factor(count) * spread, BIAS * bias + 4.0 * claim.accumulate)
+    size = float(np.linalg.norm(ours[np.isfinite(ours)]))
+    independent = spread / size if size else 0.0  # what errors of that spread give when they are independent
+    allowed = BIAS * max(bias, independent) + 4.0 * claim.accumulate  # and constants that are rounded once
+    return Tolerance(element, spread_factor(count) * spread, allowed)
 
 
 def _of_elements(part: Array, t: Tensor, index: Array | None) -> Array:
@@ -105,7 +110,8 @@ def _of_elements(part: Array, t: Tensor, index: Array | None) -> Array:
 
 
 def decided(reference: Reference, t: Tensor, claim: Claim) -> Array:
-    """Rows (T,) of a set whose members the claim's errors cannot change: each of two may move by the doubt."""
+    """Rows (T,) of a set whose members the claim's errors cannot change: each of two may move by the
+    doubt."""
     margin = reference.extra(t, "margin")
     if margin is None:
         return np.ones(int(np.prod(t.shape[:-1])), bool)
@@ -136,10 +142,11 @@ def judge(
     if t.ordered_by:
         theirs = _in_our_order(reference, t, theirs, others(t.ordered_by))
     positions = np.arange(t.size) if index is None else index
+    every = ours
     positions, ours = positions[keep], ours[keep]
     if not ours.size:
         return Judged(None, -1, "", undecided)
-    allowed = tolerance(reference, t, claim, index, keep.size)
+    allowed = tolerance(reference, t, claim, every, index)
     if allowed is not None:
         allowed = Tolerance(allowed.element[keep], allowed.spread, allowed.bias)
     else:

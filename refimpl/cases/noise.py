@@ -1,18 +1,19 @@
 """The noise floor: what independent roundings really do to a result.  SPEC VERDICT-4.
 
-A bound adds up the worst of every rounding, so it grows with the length n of a sum, and true errors with its square
-root.  The noise floor is measured: the case runs in float64 with every rounding of one kind (storage, product,
-accumulate) replaced by a random relative change of at most one small roundoff.  The difference from the undisturbed
-run, divided by that roundoff, is the noise per unit of roundoff, and a claim's noise joins its three kinds.
+A bound adds up the worst of every rounding, so it grows with the length n of a sum, and true errors with
+its square root.  The noise floor is measured: the case runs in float64 with every rounding of one kind
+(storage, product, accumulate) replaced by a random relative change of at most one small roundoff.  The
+difference from the undisturbed run, divided by that roundoff, is the noise per unit of roundoff, and a
+claim's noise joins its three kinds.
 
-Storage roundings are to nearest, hence symmetric.  Products and sums may also be cut, as matrix units do, so every
-second run moves them towards zero only.  The error of a sum of n terms t_1 ... t_n is drawn with the standard
-deviation sqrt(n) u sqrt(sum t^2 + (sum t)^2), which is at least that of adding them one by one: the partial sums of
-terms of random sign grow like sqrt(i) t, of equal ones like i t, so that one by one gives sqrt(n / 6) u sqrt(sum t^2)
-and sqrt(n / 9) u |sum t|.
+Storage roundings are to nearest, hence symmetric.  Products and sums may also be cut, as matrix units do,
+so every second run moves them towards zero only.  The error of a sum of n terms t_1 ... t_n is drawn with
+the standard deviation sqrt(n) u sqrt(sum t^2 + (sum t)^2), which is at least that of adding them one by
+one: the partial sums of terms of random sign grow like sqrt(i) t, of equal ones like i t, so that one by
+one gives sqrt(n / 6) u sqrt(sum t^2) and sqrt(n / 9) u |sum t|.
 
-Random numbers come from the generator, so the noise of a case is the same wherever it is computed, up to the last
-bits of float64; what is stored of it is rounded to three digits.
+Random numbers come from the generator, so the noise of a case is the same wherever it is computed, up to
+the last bits of float64; what is stored of it is rounded to three digits.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array, Floating, Operand, Weight
 
 UNIT = 2.0**-24  # of the disturbance: small, so that the response is linear, and far above float64's own
+FREQUENCY = 4.0  # roundings of an angle, whose frequency is a power computed in float32
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
@@ -73,11 +75,13 @@ class Noisy(Floating):
         return total + self._spread(x.shape[axis], np.asarray((x * x).sum(axis)), total)
 
     def mean(self, x: Array, axis: int = -1) -> Array:
-        return self.sum(x, axis) / x.shape[axis]
+        average: Array = self.sum(x, axis) / x.shape[axis]
+        return average
 
     def exp(self, x: Array) -> Array:
         value = super().exp(x)
-        return value + value * self._argument(x, x)
+        disturbed: Array = value + value * self._argument(x, x)
+        return disturbed
 
     def log(self, x: Array) -> Array:
         return self._step(super().log(x))
@@ -86,14 +90,15 @@ class Noisy(Floating):
         return self._step(super().sqrt(x))
 
     def sin(self, x: Array) -> Array:
-        return super().sin(x + self._argument(x, x))
+        return super().sin(x + FREQUENCY * self._argument(x, x))
 
     def cos(self, x: Array) -> Array:
-        return super().cos(x + self._argument(x, x))
+        return super().cos(x + FREQUENCY * self._argument(x, x))
 
     def sigmoid(self, x: Array) -> Array:
         value = super().sigmoid(x)
-        return value + value * (1.0 - value) * self._argument(x, x) + (self._step(value) - value)
+        disturbed: Array = self._step(value) + value * (1.0 - value) * self._argument(x, x)
+        return disturbed
 
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         hot = (np.arange(n)[:, None] == ids).astype(np.float64)

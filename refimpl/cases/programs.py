@@ -1,8 +1,8 @@
 """What a case computes: a component of the model, run in any arithmetic.  SPEC CASE-7.
 
-A program takes the case's inputs and weights and returns the named tensors in the order of computation: those that
-the layers save, then, when gradients are asked for, `grad.NAME` for every input and weight.  The same program gives
-the exact values, the error bounds and the noise, by changing the arithmetic.
+A program takes the case's inputs and weights and returns the named tensors in the order of computation:
+those that the layers save, then, when gradients are asked for, `grad.NAME` for every input and weight.  The
+same program gives the exact values, the error bounds and the noise, by changing the arithmetic.
 """
 
 from __future__ import annotations
@@ -117,10 +117,17 @@ def _norm(s: Setting) -> Outputs:
 
 def _rope_tables(s: Setting) -> Outputs:
     at = rope.tables(s.ar, s.config, s.choices, s.inputs["position_ids"])
-    frequencies = s.ar.array(rope.inverse_frequencies(s.config, s.choices))
-    scale = s.ar.array(np.array([rope.softmax_scale(s.config, s.choices)]))
+    frequencies = _constant(s.ar, rope.inverse_frequencies(s.config, s.choices))
+    scale = _constant(s.ar, np.array([rope.softmax_scale(s.config, s.choices)]))
     parts = {"inv_freq": frequencies, "cos": at.cos[:, 0], "sin": at.sin[:, 0], "softmax_scale": scale}
     return {f"{s.path}.{name}": value for name, value in parts.items()}
+
+
+def _constant(ar: Arithmetic, x: Array) -> Any:
+    """A constant that implementations compute in float32 with a power, a root or a logarithm: multiplied by
+    exact ones that have the errors of three elementary functions."""
+    one = ar.exp(ar.array(np.zeros_like(x)))
+    return ar.array(x) * one * one * one
 
 
 def _rope(s: Setting) -> Outputs:
@@ -164,7 +171,7 @@ def _gate(s: Setting) -> Outputs:
     c = s.context
     _, weight, saved = c.ops.gate.forward(c, s.array("x"))
     out = _finish(s, weight, saved, lambda dy, grads: gate.backward(c, dy, saved, grads))
-    del out[s.path]  # the weights again, under the path of the module
+    out.pop(s.path, None)  # the weights again, under the path of the module
     return out
 
 
@@ -216,7 +223,8 @@ def _model(s: Setting) -> Outputs:
         for path, idx in s.routing.items()
     }
     names = ("input_ids", "targets", "labels", "mask", "segment_ids", "position_ids")
-    result = model.forward(**{name: s.inputs[name] for name in names if name in s.inputs}, routing=routing)
+    given: dict[str, Any] = {name: s.inputs[name] for name in names if name in s.inputs}
+    result = model.forward(**given, routing=routing)
     out: Outputs = dict(result.tensors)
     out["logits"] = result.logits
     if result.loss is not None:

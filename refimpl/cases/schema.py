@@ -1,8 +1,8 @@
 """JSON Schema, as much of it as our schemas use, so that reading a case needs no other package.  SPEC CASE-2.
 
 Known keywords: type, enum, const, pattern, minimum, maximum, minLength, maxLength, minItems, maxItems, items,
-properties, required, additionalProperties, propertyNames, $ref to #/$defs/.  Any other keyword is refused when
-the schema is read, so that nobody adds one that is silently not checked.
+properties, required, additionalProperties, propertyNames, $ref to #/$defs/.  Any other keyword is refused
+when the schema is read, so that nobody adds one that is silently not checked.
 """
 
 import json
@@ -22,8 +22,29 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "number": (int, float),
 }
 _KEYWORDS = frozenset(
-    "$schema $id $defs $ref title description type enum const pattern minimum maximum minLength maxLength "
-    "minItems maxItems items properties required additionalProperties propertyNames".split()
+    [
+        "$schema",
+        "$id",
+        "$defs",
+        "$ref",
+        "title",
+        "description",
+        "type",
+        "enum",
+        "const",
+        "pattern",
+        "minimum",
+        "maximum",
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "items",
+        "properties",
+        "required",
+        "additionalProperties",
+        "propertyNames",
+    ]
 )
 
 

@@ -1,4 +1,5 @@
-"""The numbers that judge a case, from its runs: bounds of elements, noise of tensors.  SPEC VERDICT-3, VERDICT-4."""
+"""The numbers that judge a case, from its runs: bounds of elements, noise of tensors.  SPEC VERDICT-3,
+VERDICT-4."""
 
 from __future__ import annotations
 
@@ -36,11 +37,11 @@ class Judges:
 
 
 def judges(run: Run, expected: Mapping[str, Array], with_bounds: bool) -> dict[str, Judges]:
-    """Of every tensor of numbers.  An element may be off by the smaller of its bound and ROW_FACTOR times the noise
-    of its row, for each roundoff; whole networks have no useful bound, only the noise."""
+    """Of every tensor of numbers.  An element may be off by the smaller of its bound and ROW_FACTOR times
+    the noise of its row, for each roundoff; whole networks have no useful bound, only the noise."""
     made = {name: Judges() for name, value in expected.items() if value.dtype.kind == "f" and value.size}
     noises = _measured(run, made)
-    bounding = run(Bounding()) if with_bounds else {}  # type: ignore[arg-type]
+    bounding = run(Bounding()) if with_bounds else {}
     for name, own in made.items():
         parts: bounds.Parts = bounds.NONE
         if with_bounds:
@@ -68,23 +69,24 @@ def _measured(run: Run, made: Mapping[str, Judges]) -> dict[str, dict[str, Array
     bias: dict[str, list[float]] = {name: [] for name in made}
     rows: dict[str, dict[str, Array]] = {name: {} for name in made}
     for kind in PARTS:
-        runs = [run(noise.Noisy(kind, seed)) for seed in range(RUNS[kind])]
+        totals = {name: np.zeros(np.shape(plain[name])) for name in made}  # of squared errors
+        common = dict.fromkeys(made, 0.0)  # of squared common factors, times the power
+        for seed in range(RUNS[kind]):
+            disturbed = run(noise.Noisy(kind, seed))
+            for name in made:
+                base = np.asarray(plain[name])
+                error = _difference(np.asarray(disturbed[name]), base) / noise.UNIT
+                totals[name] += error * error
+                common[name] += float((error * _finite(base)).sum()) ** 2
         for name in made:
-            base = np.asarray(plain[name])
-            finite = np.where(np.isinf(base), 0.0, base)
-            errors = (
-                np.stack([_difference(np.asarray(r[name]), base) for r in runs]) / noise.UNIT
-            )  # (runs, ...)
+            finite = _finite(np.asarray(plain[name]))
             power = float((finite * finite).sum())
-            common = float(np.sqrt(np.mean((errors * finite).reshape(len(runs), -1).sum(1) ** 2)))
-            squares = (errors * errors).mean(0)
-            few = 1.0 + 4.0 / np.sqrt(errors.size)  # few numbers may be small by chance
-            squares = squares * few * few
+            few = 1.0 + 4.0 / np.sqrt(RUNS[kind] * finite.size)  # few numbers may be small by chance
+            squares = totals[name] * (few * few / RUNS[kind])
             if kind == "storage":  # every output is stored once more, also where no layer says so
                 squares = squares + finite * finite / 3.0
             spread[name].append(_spread(name, squares))
-            # Independent errors of that spread would give the second, so few runs may not give less.
-            bias[name].append(max(few * common / power, spread[name][-1] / np.sqrt(power)) if power else 0.0)
+            bias[name].append(few * float(np.sqrt(common[name] / RUNS[kind])) / power if power else 0.0)
             rows[name][kind] = _rows(squares)
     for name, own in made.items():
         own.spread = (up(spread[name][0]), up(spread[name][1]), up(spread[name][2]))
@@ -105,6 +107,10 @@ def _difference(a: Array, b: Array) -> Array:
         return np.where(np.isinf(b), 0.0, a - b)
 
 
+def _finite(x: Array) -> Array:
+    return np.where(np.isinf(x), 0.0, x)
+
+
 def _spread(name: str, squares: Array) -> float:
     """Of the judged elements, whether these are all of them or the samples."""
     flat = squares.reshape(-1)
@@ -115,7 +121,8 @@ def _spread(name: str, squares: Array) -> float:
 
 
 def _rows(squares: Array) -> Array:
-    """(..., n)  ->  (..., 1): a row's noise, not far below its own largest element's nor below the tensor's."""
+    """(..., n)  ->  (..., 1): a row's noise, not far below its own largest element's nor below the
+    tensor's."""
     row = np.sqrt(squares.mean(-1, keepdims=True))
     largest = np.sqrt(squares.max(-1, keepdims=True))
     rows: Array = np.maximum(np.maximum(row, largest / 2.0), np.sqrt(squares.mean()) / 4.0)

@@ -77,15 +77,9 @@ def _described(there: Case, here: Case) -> list[str]:
 
 def _stored(path: Path, built: Built) -> list[str]:
     """Tensors of the files that differ, are absent or are surplus; the folder may hold all or samples."""
-    whole = any(t.samples and t.name in _entries(path / format.EXPECTED) for t in built.case.outputs)
-    whole = whole or any(
-        t.given
-        and t.asset is None
-        and t.generator
-        and t.size > folder.WHOLE
-        and t.name in _entries(path / format.INPUTS)
-        for t in built.case.tensors
-    )
+    outputs, inputs = _entries(path / format.EXPECTED), _entries(path / format.INPUTS)
+    whole = any(t.samples and t.name in outputs for t in built.case.outputs)
+    whole = whole or any(t.given and t.generator and t.name in inputs for t in built.case.tensors)
     found: list[str] = []
     for name, tensors in folder.contents(
         built.case, built.given, built.expected, built.extras, whole

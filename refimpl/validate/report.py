@@ -10,7 +10,7 @@ from tabulate import tabulate
 from refimpl.cases.format import pretty
 from refimpl.validate.verdict import MISSING, OFF, TensorVerdict, Verdict
 
-HEADERS = (
+COLUMNS = (
     "tensor",
     "verdict",
     "worst at",
@@ -20,9 +20,8 @@ HEADERS = (
     "relative",
     "ulps",
     "of bound",
-    "outside",
 )
-HEADERS = (*HEADERS, "spread", "bias")
+HEADERS = (*COLUMNS, "outside", "spread", "bias")
 
 
 def text(verdict: Verdict) -> str:

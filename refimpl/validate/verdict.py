@@ -1,7 +1,7 @@
 """One output of a port against one case.  SPEC VERDICT-1, VERDICT-9.
 
-Required tensors must be there, in shape, of the right class of dtype, and hold; probes are judged when they are
-there.  The tensors are in the order of computation, so the first that is off is where to look.
+Required tensors must be there, in shape, of the right class of dtype, and hold; probes are judged when they
+are there.  The tensors are in the order of computation, so the first that is off is where to look.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Verdict:
 def check(case: str | Path, output: str | Path, precision: str | None = None) -> Verdict:
     """The verdict on `output`, under a claimed precision (by default the strictest that the case offers).
 
-    Raises Unreadable when case or output cannot be read, Invalid or Unsupported for a claim that cannot be judged.
+    Raises Unreadable when case or output cannot be read, Invalid or Unsupported for a claim that cannot be
+    judged.
     """
     folder = Folder.open(case)
     if folder.case.outcome == "reject":
@@ -143,6 +144,8 @@ class _Output:
 def _tensor(folder: Folder, t: Tensor, theirs: _Output, claimed: Claim) -> TensorVerdict:
     if t.name not in theirs:
         return TensorVerdict(t.name, t.role, MISSING)
+    if claimed.name in t.unjudged:
+        return TensorVerdict(t.name, t.role, OPEN, f"{claimed.name} could not tell it from a wrong one")
     fault = theirs.fault(t)
     if fault is not None:
         return TensorVerdict(t.name, t.role, MALFORMED, fault)
@@ -180,7 +183,8 @@ def _set(folder: Folder, t: Tensor, value: Array, claimed: Claim) -> TensorVerdi
         return TensorVerdict(t.name, t.role, HOLDS, note, undecided=found.undecided)
     ours = folder.judged(t)[0].reshape(-1, t.shape[-1])[found.first]
     own = value.reshape(-1, t.shape[-1])[found.first]
-    detail = f"{found.wrong} of {note} wrong; row {found.first} is {sorted(own.tolist())} instead of {sorted(ours.tolist())}"
+    rows = f"row {found.first} is {sorted(own.tolist())} instead of {sorted(ours.tolist())}"
+    detail = f"{found.wrong} of {note} wrong; {rows}"
     return TensorVerdict(t.name, t.role, OFF, detail, (found.first,), undecided=found.undecided)
 
 

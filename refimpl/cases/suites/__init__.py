@@ -23,6 +23,7 @@ SUITES: Final[tuple[str, ...]] = (
     "block",
     "head",
     "model",
+    "reject",
 )
 
 

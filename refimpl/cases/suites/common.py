@@ -15,7 +15,7 @@ V3: Final = shaped(
     preset("deepseek-v3"),
     num_hidden_layers=4,
     num_attention_heads=2,
-    vocab_size=512,
+    vocab_size=64,
     num_nextn_predict_layers=0,
 )
 LAYER: Final = "model.layers.3"  # the first with experts
@@ -29,17 +29,25 @@ def pair(
     config: ModelConfig,
     inputs: Mapping[str, Source],
     *,
-    dy: tuple[int, ...],
+    dy: Mapping[str, Source] | tuple[int, ...],
+    backward_clauses: tuple[str, ...] = (),
+    forced: bool = False,
     **more: Any,
 ) -> tuple[Definition, Definition]:
-    """The forward case and its backward twin, with the same inputs and a cotangent that is not uniform."""
+    """The forward case and its backward twin, with the same inputs and a cotangent that is not uniform.
+
+    forced: the backward case has the routing as an input, so that it is about arithmetic only.
+    """
     forward = Definition(id, title, clauses, component, config, inputs, **more)
+    cotangents = {"dy": Draw(dy)} if isinstance(dy, tuple) else dy
     backward = replace(
         forward,
         id=f"{id}-vjp",
-        title=f"{title}; backward",
-        inputs={**inputs, "dy": Draw(dy)},
+        title=f"{title}: backward{', with the routing given' if forced else ''}",
+        clauses=(*clauses, *backward_clauses),
+        inputs={**inputs, **cotangents},
         backward=True,
+        forced=forced,
         twin=id,
     )
     return forward, backward

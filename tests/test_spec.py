@@ -15,7 +15,7 @@ import spec_tables
 import support
 
 import refimpl
-from refimpl.cases import judge, judging
+from refimpl.cases import judge, tolerances
 from refimpl.numerics.arithmetic import Floating, Operand
 from refimpl.numerics.recipe import SITES
 
@@ -240,9 +240,9 @@ def test_every_rule_of_a_recipe_decides_some_site(name: str) -> None:
 
 def test_constants_of_verdicts_are_those_of_the_code() -> None:
     text = {clause: " ".join(body.split()) for clause, body in clauses().items()}
-    assert f"the element's bound is {judging.ROW_FACTOR:g} times the noise of its row" in text["VERDICT-4"]
+    assert f"is at most {tolerances.ROW_FACTOR:g} times the noise of its row" in text["VERDICT-4"]
     assert "anything beyond 1e4 of the same sign" in text["VERDICT-5"]
     assert judge.MASKED == 1e4
     assert f"`{judge.SPREAD:g} + 4 / sqrt(count)`" in text["VERDICT-6"]
     assert judge.spread_factor(100) == judge.SPREAD + 4 / 10
-    assert f"at most {judge.BIAS:g} times that of the noise plus 4 accumulate roundoffs" in text["VERDICT-7"]
+    assert f"is at most {judge.BIAS:g} times that of the noise" in text["VERDICT-7"]

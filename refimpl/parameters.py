@@ -10,7 +10,7 @@ from refimpl.checkpoint.weights import Weights
 from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
 
 LIMIT = 4 << 30  # bytes
-PREPARED = 9  # an exact operand is kept with up to four slices for each of two sides
+PREPARED = 7  # an exact operand is kept beside up to three slices for each of its two sides
 
 
 class CachedParameters:

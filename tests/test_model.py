@@ -158,6 +158,13 @@ class TestTargets:
         two = EXACT_MODEL.forward(IDS, targets=targets, segment_ids=segments)
         assert one.loss == two.loss
 
+    def test_labels_may_be_ignored_as_targets_may(self) -> None:
+        labels, targets = IDS.copy(), np.full((4, 6), -100)
+        labels[:, 3] = -100
+        targets[:, :-1] = labels[:, 1:]
+        one, two = EXACT_MODEL.forward(IDS, labels=labels), EXACT_MODEL.forward(IDS, targets=targets)
+        assert one.loss == two.loss
+
     def test_padding_has_no_targets(self) -> None:
         mask = np.array([[1, 1, 1, 1, 0, 0]] * 4)
         one = EXACT_MODEL.forward(IDS, targets=TARGETS, mask=mask)
@@ -398,6 +405,13 @@ class TestPrecisions:
         plain = EXACT_MODEL.forward(IDS).logits
         assert bits(EXACT_MODEL.forward(IDS.tolist()).logits) == bits(plain)
         assert bits(EXACT_MODEL.forward(IDS.astype(np.uint8)).logits) == bits(plain)
+
+    @pytest.mark.parametrize("precision", ["float64", "float32"])
+    def test_the_same_run_gives_the_same_bits_on_threads_too(self, precision: str) -> None:
+        one = model(precision=precision)
+        first = one.backward(one.forward(IDS, labels=IDS))
+        for _ in range(3):
+            same_bits(one.backward(one.forward(IDS, labels=IDS)), first)
 
     def test_neither_weights_nor_inputs_are_changed(self) -> None:
         weights, ids = random_weights(CFG, 1), IDS.copy()

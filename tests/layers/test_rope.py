@@ -114,7 +114,7 @@ class TestFrequencies:
 
     def test_yarn_keeps_the_fast_divides_the_slow_and_is_linear_between(self) -> None:
         cfg = config(qk_rope_head_dim=16, rope_theta=100.0, rope_scaling=YARN)
-        # Pair m turns 16 / (2 pi 100^(m/8)) times over 16 tokens: 4 times at m < 0, once at 1.62: from 0 to 2.
+        # Pair m turns 16 / (2 pi 100^(m/8)) times in 16 tokens: 4 times at m < 0, once at 1.62: from 0 to 2.
         plain = rope.inverse_frequencies(config(qk_rope_head_dim=16, rope_theta=100.0), HF)
         ramp = np.array([0, 0.5, 1, 1, 1, 1, 1, 1])
         assert rope.inverse_frequencies(cfg, HF) == pytest.approx(

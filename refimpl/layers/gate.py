@@ -73,8 +73,9 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     else:
         dlogits = scores * (dscores - ar.dot(dscores, scores)[:, None])
     dlogits = ar.at("d.gate.logits", c.joined(dlogits, "logits"))
-    grads.weight(c.name("weight"), c.microbatch, Operand(dlogits), saved.x)
-    return ar.at("d.gate.in", ar.matmul(dlogits, c.array("weight").T))  # (T, D)
+    dy = ar.operand("gate.dy", dlogits)  # (T, N)
+    grads.weight(c.name("weight"), c.microbatch, dy, saved.x)
+    return ar.at("d.gate.in", ar.matmul(dy.value, c.array("weight").T))  # (T, D)
 
 
 def forced(routing: Mapping[str, tuple[Array, Array | None]]) -> Op:

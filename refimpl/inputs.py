@@ -56,7 +56,8 @@ def read_inputs(
         _in_range("mask", flags, 0, 2, "0 and 1")
         segments = np.where(flags == 1, segments, PADDING)
     places = positions(segments) if position_ids is None else _like("position_ids", position_ids, ids)
-    _in_range("position_ids", places, 0, config.max_position_embeddings, "max_position_embeddings")
+    used = np.where(segments == PADDING, 0, places)  # padding may be longer than the table
+    _in_range("position_ids", used, 0, config.max_position_embeddings, "max_position_embeddings")
     if labels is not None and targets is not None:
         raise Invalid("labels and targets are both given, but only one of them may be.")
     wanted = None

@@ -124,6 +124,17 @@ class TestPacking:
         assert one.loss == two.loss
         same_bits(EXACT_MODEL.backward(one), EXACT_MODEL.backward(two))
 
+    def test_padding_may_be_longer_than_the_position_table(self) -> None:
+        ids, mask = np.zeros((1, 80), int), np.zeros((1, 80), int)
+        ids[0, 70:76], mask[0, 70:76] = IDS[0], 1
+        padded = EXACT_MODEL.forward(ids, mask=mask).logits
+        assert bits(padded[:, 70:76]) == bits(EXACT_MODEL.forward(IDS[:1]).logits)
+
+    def test_packed_documents_may_together_be_longer_than_the_position_table(self) -> None:
+        ids, segments = np.tile(IDS[:1], (1, 12)), np.repeat([np.arange(12)], 6, axis=1)
+        packed = EXACT_MODEL.forward(ids, segment_ids=segments).logits
+        assert bits(packed[:, 66:]) == bits(EXACT_MODEL.forward(IDS[:1]).logits)
+
     def test_a_mask_of_ones_and_one_segment_change_no_bit(self) -> None:
         plain = EXACT_MODEL.forward(IDS).logits
         assert bits(EXACT_MODEL.forward(IDS, mask=np.ones((4, 6), bool)).logits) == bits(plain)

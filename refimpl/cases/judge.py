@@ -71,7 +71,7 @@ def measure(ours: Array, theirs: Array, tolerance: Tolerance | None, claim: Clai
     size = np.where(broken, np.inf, np.abs(error))
     bound = np.zeros(ours.shape) if tolerance is None else np.broadcast_to(tolerance.element, ours.shape)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        excess = np.where(size == 0.0, 0.0, size / bound)
+        excess = np.where(size == 0.0, 0.0, np.where(broken, np.inf, size / bound))
     at = int(np.argmax(np.where(excess == excess.max(), size, -1.0)))
     spread, bias = _together(ours, error, broken)
     allowed_spread = 0.0 if tolerance is None else tolerance.spread

@@ -202,7 +202,7 @@ def main() -> int:
             )
     print(
         f"{options.preset}: {parameters / 1e6:.1f}M parameters, {options.batch} x {options.length} tokens, "
-        f"{options.threads} threads; {flops / 1e9:.0f} GFLOP in GEMMs, float32 GEMM{rate / 1e9:.0f} GFLOP/s; "
+        f"{options.threads} threads; {flops / 1e9:.0f} GFLOP in products, GEMM at {rate / 1e9:.0f} GFLOP/s; "
         f"NumPy {np.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
         + ("; freed memory kept" if options.keep_memory else "")
     )

@@ -1,9 +1,9 @@
 """The noise floor: what independent roundings really do to a result.  SPEC VERDICT-4.
 
 A bound adds up the worst of every rounding, so it grows with the length n of a sum, and true errors with
-its square root.  The noise floor is measured: the case runs in float64 with every rounding of one kind
-(storage, product, accumulate) replaced by a random relative change of at most one small roundoff.  The
-difference from the undisturbed run, divided by that roundoff, is the noise per unit of roundoff, and a
+its square root.  The noise floor is measured: the case runs in the exact arithmetic with every rounding of
+one kind (storage, product, accumulate) replaced by a random relative change of at most one small roundoff.
+The difference from the undisturbed run, divided by that roundoff, is the noise per unit of roundoff, and a
 claim's noise joins its three kinds.
 
 Storage roundings are to nearest, hence symmetric.  Products and sums may also be cut, as matrix units do,
@@ -12,8 +12,8 @@ the standard deviation sqrt(n) u sqrt(sum t^2 + (sum t)^2), which is at least th
 one: the partial sums of terms of random sign grow like sqrt(i) t, of equal ones like i t, so that one by
 one gives sqrt(n / 6) u sqrt(sum t^2) and sqrt(n / 9) u |sum t|.
 
-Random numbers come from the generator, so the noise of a case is the same wherever it is computed, up to
-the last bits of float64; what is stored of it is rounded to three digits.
+Random numbers come from the generator and all the rest is exact or one IEEE operation, so the noise of a
+case has the same bits wherever it is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import numpy as np
 
 from refimpl.cases.claims import PARTS
 from refimpl.numerics import generator
-from refimpl.numerics.arithmetic import Array, Floating, Operand, Weight
+from refimpl.numerics.arithmetic import Array, Exact, Operand, Weight
+from refimpl.numerics.contraction import contract, sum_
+from refimpl.numerics.formats import BF16, round_to
 
 UNIT = 2.0**-24  # of the disturbance: small, so that the response is linear, and far above float64's own
 FREQUENCY = 4.0  # roundings of an angle, whose frequency is a power computed in float32
@@ -33,11 +35,12 @@ Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
-class Noisy(Floating):
-    """float64 with one kind of rounding disturbed."""
+class Noisy(Exact):
+    """The exact arithmetic with one kind of rounding disturbed."""
+
+    order_free = False  # contributions are contracted where they arise, as implementations do
 
     def __init__(self, kind: str, seed: int) -> None:
-        super().__init__(np.float64)
         assert kind in PARTS
         self.name = f"noise of {kind}"
         self.kind = kind
@@ -69,10 +72,10 @@ class Noisy(Floating):
         return self.sum(a * b)
 
     def sum(self, x: Array, axis: int = -1) -> Array:
-        total = np.asarray(x.sum(axis))
+        total = sum_(x, axis)
         if self.kind != "accumulate":
             return total
-        return total + self._spread(x.shape[axis], np.asarray((x * x).sum(axis)), total)
+        return total + self._spread(x.shape[axis], sum_(x * x, axis), total)
 
     def mean(self, x: Array, axis: int = -1) -> Array:
         average: Array = self.sum(x, axis) / x.shape[axis]
@@ -101,8 +104,8 @@ class Noisy(Floating):
         return disturbed
 
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
-        hot = (np.arange(n)[:, None] == ids).astype(np.float64)
-        return self._product(hot, x.T) if self.kind == "accumulate" else hot @ x
+        hot = self.array(np.arange(n)[:, None] == ids)  # (n, T)
+        return self._product(hot, x.T)
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return [call(item) for item in items]  # in order: every call draws the next random numbers
@@ -138,12 +141,14 @@ class Noisy(Floating):
         return np.where(computed, x + UNIT * x * self._draw(x.shape), x)
 
     def _product(self, a: Array, b: Array) -> Array:
-        y = a @ b.swapaxes(-1, -2)
+        y = contract(a, b)
         if self.kind != "accumulate":
             return y
-        return y + self._spread(a.shape[-1], (a * a) @ (b * b).swapaxes(-1, -2), y)
+        # few bits are enough for a deviation, and are contracted fast
+        squares = contract(round_to(a * a, BF16), round_to(b * b, BF16))
+        return y + self._spread(a.shape[-1], squares, y)
 
     def _spread(self, n: int, squares: Array, total: Array) -> Array:
         size = np.sqrt(n * (squares + total * total))
         drawn = self._draw(np.shape(total))
-        return UNIT * size * (np.sign(total) * drawn if self.towards_zero else drawn)
+        return np.asarray(UNIT * size * (np.sign(total) * drawn if self.towards_zero else drawn))

@@ -14,7 +14,8 @@ from refimpl.cases.claims import PARTS
 from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
 from refimpl.cases.format import upwards
 from refimpl.cases.programs import Outputs
-from refimpl.numerics.arithmetic import Arithmetic, Array, Floating
+from refimpl.numerics.arithmetic import Arithmetic, Array
+from refimpl.numerics.contraction import dot, mean
 
 RUNS: Mapping[str, int] = {"storage": 4, "product": 2, "accumulate": 2}  # of the noise floor, of each kind
 Three = tuple[float, float, float]
@@ -40,7 +41,7 @@ def judges(run: Run, expected: Mapping[str, Array], with_bounds: bool) -> dict[s
     """Of every tensor of numbers.  An element may be off by the smaller of its bound and ROW_FACTOR times
     the noise of its row, for each roundoff; whole networks have no useful bound, only the noise."""
     made = {name: Judges() for name, value in expected.items() if value.dtype.kind == "f" and value.size}
-    noises = _measured(run, made)
+    noises = _measured(run, expected, made)
     bounding = run(Bounding()) if with_bounds else {}
     for name, own in made.items():
         parts: bounds.Parts = bounds.NONE
@@ -62,9 +63,10 @@ def _smaller(bound: Array, rows: Array) -> Array:
     return np.minimum(bound, rows)
 
 
-def _measured(run: Run, made: Mapping[str, Judges]) -> dict[str, dict[str, Array]]:
+def _measured(
+    run: Run, plain: Mapping[str, Array], made: Mapping[str, Judges]
+) -> dict[str, dict[str, Array]]:
     """Fills in spread and bias; name -> kind -> noise of the rows (..., 1)."""
-    plain = run(Floating(np.float64))
     spread: dict[str, list[float]] = {name: [] for name in made}
     bias: dict[str, list[float]] = {name: [] for name in made}
     rows: dict[str, dict[str, Array]] = {name: {} for name in made}
@@ -77,10 +79,10 @@ def _measured(run: Run, made: Mapping[str, Judges]) -> dict[str, dict[str, Array
                 base = np.asarray(plain[name])
                 error = _difference(np.asarray(disturbed[name]), base) / noise.UNIT
                 totals[name] += error * error
-                common[name] += float((error * _finite(base)).sum()) ** 2
+                common[name] += float(dot(error.reshape(-1), _finite(base).reshape(-1))) ** 2
         for name in made:
             finite = _finite(np.asarray(plain[name]))
-            power = float((finite * finite).sum())
+            power = float(dot(finite.reshape(-1), finite.reshape(-1)))
             few = 1.0 + 4.0 / np.sqrt(RUNS[kind] * finite.size)  # few numbers may be small by chance
             squares = totals[name] * (few * few / RUNS[kind])
             if kind == "storage":  # every output is stored once more, also where no layer says so
@@ -98,8 +100,11 @@ def up(value: float) -> float:
     """Rounded up to three digits."""
     if value == 0.0:
         return 0.0
-    step = 10.0 ** (np.floor(np.log10(value)) - 2)
-    return float(f"{np.ceil(value / step) * step:.3g}")
+    nearest = f"{value:.2e}"
+    if float(nearest) >= value:
+        return float(nearest)
+    step = float(f"1e{int(nearest.split('e')[1]) - 2}")
+    return float(f"{float(nearest) + step:.2e}")
 
 
 def _difference(a: Array, b: Array) -> Array:
@@ -114,16 +119,16 @@ def _finite(x: Array) -> Array:
 def _spread(name: str, squares: Array) -> float:
     """Of the judged elements, whether these are all of them or the samples."""
     flat = squares.reshape(-1)
-    whole = float(np.sqrt(flat.mean()))
+    whole = float(np.sqrt(mean(flat)))
     if flat.size <= KEPT_OUTPUT:
         return whole
-    return max(whole, float(np.sqrt(flat[sample_positions(name, flat.size)].mean())))
+    return max(whole, float(np.sqrt(mean(flat[sample_positions(name, flat.size)]))))
 
 
 def _rows(squares: Array) -> Array:
     """(..., n)  ->  (..., 1): a row's noise, not far below its own largest element's nor below the
     tensor's."""
-    row = np.sqrt(squares.mean(-1, keepdims=True))
+    row = np.sqrt(mean(squares)[..., None])
     largest = np.sqrt(squares.max(-1, keepdims=True))
-    rows: Array = np.maximum(np.maximum(row, largest / 2.0), np.sqrt(squares.mean()) / 4.0)
+    rows: Array = np.maximum(np.maximum(row, largest / 2.0), np.sqrt(mean(squares.reshape(-1))) / 4.0)
     return rows

@@ -15,7 +15,8 @@ from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
 from refimpl.cases.format import upwards
 from refimpl.cases.programs import Outputs
 from refimpl.numerics.arithmetic import Arithmetic, Array
-from refimpl.numerics.contraction import dot, mean
+from refimpl.numerics.contraction import contract, mean
+from refimpl.numerics.formats import BF16, round_to
 
 RUNS: Mapping[str, int] = {"storage": 4, "product": 2, "accumulate": 2}  # of the noise floor, of each kind
 Three = tuple[float, float, float]
@@ -79,10 +80,10 @@ def _measured(
                 base = np.asarray(plain[name])
                 error = _difference(np.asarray(disturbed[name]), base) / noise.UNIT
                 totals[name] += error * error
-                common[name] += float(dot(error.reshape(-1), _finite(base).reshape(-1))) ** 2
+                common[name] += _along(error, _finite(base)) ** 2
         for name in made:
             finite = _finite(np.asarray(plain[name]))
-            power = float(dot(finite.reshape(-1), finite.reshape(-1)))
+            power = _along(finite, finite)
             few = 1.0 + 4.0 / np.sqrt(RUNS[kind] * finite.size)  # few numbers may be small by chance
             squares = totals[name] * (few * few / RUNS[kind])
             if kind == "storage":  # every output is stored once more, also where no layer says so
@@ -94,6 +95,12 @@ def _measured(
         own.spread = (up(spread[name][0]), up(spread[name][1]), up(spread[name][2]))
         own.bias = (up(bias[name][0]), up(bias[name][1]), up(bias[name][2]))
     return rows
+
+
+def _along(a: Array, b: Array) -> float:
+    """The inner product of two tensors, from 8 significant bits of each: enough for what judges."""
+    x, y = (round_to(z.reshape(1, -1), BF16) for z in (a, b))
+    return float(contract(x, y)[0, 0])
 
 
 def up(value: float) -> float:

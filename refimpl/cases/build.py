@@ -26,8 +26,8 @@ NETWORKS = ("model",)  # judged by the noise floor: bounds of whole networks say
 _DERIVATIONS = {
     "exact": "Every order of float32 accumulation gives these bits, so they are demanded.",
     "bound": "Per element and roundoff: the smaller of the bound of first order (the same computation on "
-    "absolute values, with the length of every sum) and 8 times the noise of the row under random roundings.",
-    "noise": "Per row and roundoff: 8 times the noise under random roundings, with the exact routing.",
+    "absolute values, with the length of every sum) and 12 times the row's noise under random roundings.",
+    "noise": "Per row and roundoff: 12 times the noise under random roundings, with the exact routing.",
 }
 
 

@@ -28,8 +28,8 @@ from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 
 WHOLE = 1 << 14  # elements of all generated inputs, or all generated weights, up to which they are committed
-SAMPLES = 256  # elements that are kept of an output
-KEPT_OUTPUT = 512  # elements of an output up to which it is kept whole
+SAMPLES = 128  # elements that are kept of an output
+KEPT_OUTPUT = 256  # elements of an output up to which it is kept whole
 
 
 @dataclass(frozen=True)

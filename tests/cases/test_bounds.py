@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from refimpl.cases.bounds import ACCUMULATE, PENDING, PRODUCT, STORAGE, Bounded, Bounding, lift, stored
+from refimpl.cases.bounded import ACCUMULATE, PENDING, PRODUCT, STORAGE, Bounded, lift, stored
+from refimpl.cases.bounds import Bounding
 from refimpl.numerics.arithmetic import Floating
 from refimpl.numerics.generator import tensor
 
@@ -28,8 +29,9 @@ def test_a_product_of_matrices_is_bounded_by_absolute_values():
 def test_a_computed_operand_is_rounded_when_it_is_read():
     y = AR.matmul(_with(A, 0.1 * np.abs(A)), B)
     both = np.abs(A) @ np.abs(B).T
-    assert np.allclose(y.parts[STORAGE], 0.1 * both)
-    assert np.allclose(y.parts[PRODUCT], both)
+    for part, exact in ((y.parts[STORAGE], 0.1 * both), (y.parts[PRODUCT], both)):
+        assert (part >= exact * (1 - 1e-12)).all()  # bounds are rounded upwards to a few bits
+        assert (part <= exact * 1.02).all()
 
 
 def test_elementary_operations_propagate_absolute_errors():

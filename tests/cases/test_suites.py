@@ -60,7 +60,7 @@ def test_linears_have_a_twin_in_which_any_order_gives_the_same_bits():
 
 @pytest.mark.parametrize(
     "d",
-    [d for d in QUICK if not d.exact and "wide" not in d.id and d.id != "gate/v3-vjp"],
+    [d for d in QUICK if not d.exact and "wide" not in d.id],
     ids=lambda d: d.id,
 )
 def test_inputs_are_exact_in_bf16_but_for_the_selection_bias(d):

@@ -57,18 +57,26 @@ def _paired() -> Given:
     return Given(np.repeat(rows, np.arange(171) % 2 + 1, axis=0)[:256])
 
 
+_V3_FLAGS = (
+    flags.GROUP_SCORE_MAX,
+    flags.GROUP_UNBIASED,
+    flags.NORM_TOPK,
+    flags.BIAS_IN_WEIGHTS,
+    flags.SCALING,
+)
+
 CASES: tuple[Definition, ...] = (
+    _gate(
+        "wide",
+        "256 experts in 8 groups, the best 8 of the best 4 groups, at the hidden width 7168",
+        V3,
+        flags=_V3_FLAGS,
+    )[0],
     *_gate(
         "v3",
-        "256 experts in 8 groups, the best 8 of the best 4 groups, at hidden width 7168",
-        V3,
-        flags=(
-            flags.GROUP_SCORE_MAX,
-            flags.GROUP_UNBIASED,
-            flags.NORM_TOPK,
-            flags.BIAS_IN_WEIGHTS,
-            flags.SCALING,
-        ),
+        "256 experts in 8 groups, the best 8 of the best 4 groups",
+        _D512,
+        flags=_V3_FLAGS,
     ),
     *_gate(
         "bias-12",

@@ -115,6 +115,9 @@ class Complex(Floating):
     def __init__(self) -> None:
         super().__init__(np.complex128)
 
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, np.complex128)
+
     def decide(self, x: np.ndarray) -> np.ndarray:
         return x.real
 

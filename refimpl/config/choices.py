@@ -216,7 +216,12 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 PROFILES: Final[Mapping[str, Choices]] = {
     "hf": Choices(),
-    "official": Choices(yarn_applies="beyond_original", yarn_mscale_zero="remote", topk_norm_epsilon=0.0),
+    "official": Choices(
+        yarn_applies="beyond_original",
+        yarn_mscale_zero="remote",
+        topk_norm_epsilon=0.0,
+        v2_topk_norm="ignore",
+    ),
     "report": Choices(
         yarn_applies="beyond_original",
         yarn_mscale_zero="remote",

@@ -46,7 +46,7 @@ def _forward(c: Context, x: Array, forced_idx: Array | None) -> tuple[Array, Arr
     bias = c.array("e_score_correction_bias") if cfg.has_selection_bias else None  # (N,)
     idx = forced_idx
     if idx is None:
-        choice = scores if bias is None else scores + bias  # (T, N)
+        choice = scores if bias is None else ar.at("gate.choice", scores + bias)  # (T, N)
         idx = select(ar.decide(choice), cfg, c.choices)  # (T, K)
     chosen = np.take_along_axis(scores, idx, -1)  # (T, K)
     scale, normalised = weight_rule(cfg, c.choices)
@@ -61,7 +61,7 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     ar, scores = c.ar, saved.scores  # (T, N)
     dweight = c.joined(dweight, "topk_weight")
     if saved.weight_given:
-        dweight = dweight * 0.0
+        dweight = np.zeros_like(dweight)
     chosen = np.take_along_axis(scores, saved.topk_idx, -1)  # (T, K)
     scale, normalised = weight_rule(c.config, c.choices)
     if normalised:

@@ -53,7 +53,7 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
     up = up.reshape(tokens, heads, nope + cfg.v_head_dim)  # per head: key rows, then value rows
     q_pe = ops.rope.forward(c, query[..., nope:], batch.tables)  # (T, H, R)
     k_pe = ops.rope.forward(c, k_pe, batch.tables)  # (T, 1, R)
-    shared = k_pe + np.zeros((1, heads, 1), k_pe.dtype)  # (T, H, R)  one key part for all heads
+    shared = np.broadcast_to(k_pe, q_pe.shape)  # (T, H, R)  one key part for all heads
     out, attention_saved = ops.attention.forward(
         c,
         batch.heads(np.concatenate([query[..., :nope], q_pe], -1)),

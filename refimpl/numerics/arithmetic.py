@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import sparse
 
 from refimpl.errors import Invalid
 from refimpl.numerics import contraction, functions, threads
@@ -96,6 +96,9 @@ class Arithmetic(Protocol):
     def array(self, x: npt.ArrayLike) -> Array:
         """A constant, table or weight in the carrier's dtype."""
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """An array to be filled, in the carrier's dtype."""
+
     def decide(self, x: Array) -> Array:
         """The plain real numbers on which a discrete decision (mask, top-k) is taken."""
 
@@ -146,6 +149,9 @@ class Exact:
 
     def array(self, x: npt.ArrayLike) -> Array:
         return np.asarray(x, np.float64)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape)
 
     def decide(self, x: Array) -> Array:
         return x
@@ -225,6 +231,9 @@ class Floating:
     def array(self, x: npt.ArrayLike) -> Array:
         return np.asarray(x, self.dtype)
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape, self.dtype)
+
     def decide(self, x: Array) -> Array:
         return x
 
@@ -290,12 +299,14 @@ class Floating:
         return np.cos(x)
 
     def sigmoid(self, x: Array) -> Array:
-        return special.expit(x)
+        with np.errstate(over="ignore"):  # exp(-x) = inf gives 0
+            e = np.exp(-x)
+        e += 1.0
+        return np.reciprocal(e, out=e)
 
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
-        total = np.zeros((n, *x.shape[1:]), x.dtype)
-        np.add.at(total, ids, x)
-        return total
+        hot = sparse.csr_array((np.ones(len(ids), x.dtype), (ids, np.arange(len(ids)))), (n, len(ids)))
+        return np.asarray(hot @ x)
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return threads.each(call, items)

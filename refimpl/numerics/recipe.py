@@ -31,6 +31,7 @@ SITES = {
     "gate.in": "the router's input",
     "gate.logits": "the router's products",
     "gate.scores": "sigmoid or softmax of the logits",
+    "gate.choice": "scores with the selection bias",
     "gate.weights": "routing weights",
     "swiglu.act": "silu(gate) * up",
     "experts.out": "the weighted sum of the chosen experts",

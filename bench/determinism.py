@@ -1,6 +1,6 @@
 """Are the exact results the same everywhere?  One table of digests over many environments.
 
-    python bench/determinism.py [--quick] [--aarch64] [--suites S ...] [--json FILE]
+    python bench/determinism.py [--quick] [--aarch64] [--golden] [--suites S ...] [--json FILE]
 
 Runs determinism_load.py in a process per environment: OpenBLAS kernels (OPENBLAS_CORETYPE), one and two
 threads (OPENBLAS_NUM_THREADS), SIMD levels switched off (NPY_DISABLE_CPU_FEATURES and, for the C library,
@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ KERNELS = {
     "aarch64": ("ARMV8", "CORTEXA57", "NEOVERSEN1", "THUNDERX2T99", "NEOVERSEV1"),
 }
 LIBC = {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F"}
+SIZED = ("generator", "functions", "contractions")  # suites whose work is a number of points
+GOLDEN = (", default", ", two threads", ", Haswell", ", an old machine")  # where --golden adds the cases
 CONTROLLED = ("OPENBLAS_", "GOTO_", "OMP_", "MKL_", "BLIS_", "NPY_", "GLIBC_TUNABLES", "PYTHON")
 
 
@@ -49,6 +51,11 @@ class Environment:
     variables: dict[str, str] = field(default_factory=dict)
     suites: tuple[str, ...] = ()
     large: bool = True  # run the long form as well
+
+    @property
+    def golden(self) -> bool:
+        """Whether --golden computes the cases here; emulated they would take an hour."""
+        return self.name.endswith(GOLDEN) and not self.name.startswith("aarch64")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def run(environment: Environment, points: list[int], number: int) -> Outcome:
     merged: dict[str, Any] | None = None
     for n, size in enumerate(points if environment.large else points[:1]):
         # The long form repeats only what depends on the number of points.
-        suites = [s for s in environment.suites if n == 0 or s != "model"]
+        suites = [s for s in environment.suites if n == 0 or s in SIZED]
         command = [*environment.python, str(LOAD), "--points", str(size), "--suites", *suites]
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         if done.returncode < 0:
@@ -77,7 +84,7 @@ def run(environment: Environment, points: list[int], number: int) -> Outcome:
             return Outcome(environment, None, (done.stderr.strip().splitlines() or ["no message"])[-1][:90])
         report = json.loads(done.stdout)
         report["digests"] = {
-            key if key.startswith("model") else f"{key} ({size})": value
+            f"{key} ({size})" if key.startswith(SIZED) else key: value
             for key, value in report["digests"].items()
         }
         if merged is None:
@@ -166,8 +173,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="leave out the long form of the suites")
     parser.add_argument("--aarch64", action="store_true", help="also an emulated ARM machine")
-    parser.add_argument("--suites", nargs="+", default=["generator", "functions", "contractions", "model"])
-    parser.add_argument("--points", type=int, nargs="+", default=[20_000, 1_000_000])
+    parser.add_argument("--suites", nargs="+", default=[*SIZED, "model"], choices=[*SIZED, "model"])
+    parser.add_argument("--golden", action="store_true", help="all golden cases in some of the environments")
+    parser.add_argument("--points", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--other-numpy", default=setup.oldest_numpy(), help="a second version, or none")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "refimpl" / "determinism"
     parser.add_argument("--cache", type=Path, default=cache, help="where environments are kept")
@@ -177,6 +185,8 @@ def main() -> int:
 
     try:
         todo = list(environments(options))
+        if options.golden:
+            todo = [replace(e, suites=(*e.suites, "golden")) if e.golden else e for e in todo]
     except (OSError, subprocess.CalledProcessError) as failure:
         detail = (getattr(failure, "stderr", "") or "").strip().splitlines()[-1:] or [str(failure)]
         tell(f"An environment could not be made: {detail[0]}")

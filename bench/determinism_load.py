@@ -136,11 +136,26 @@ def model(points: int) -> Digests:
             yield f"{what}, gradients", digest(*(np.asarray(grads[n]) for n in sorted(grads)))
 
 
+def golden(points: int) -> Digests:
+    """Every golden case, computed anew, a digest per suite: case.json, which has the SHA-256 of its tensors,
+    and the bounds that judge them.  Which case differs, if one does, `refimpl golden verify` tells."""
+    from refimpl.cases.build import build
+    from refimpl.cases.suites import SUITES as NAMES
+    from refimpl.cases.suites import suite
+
+    for name in NAMES:
+        built = [build(definition) for definition in suite(name)]
+        texts = [np.frombuffer(b.case.to_json().encode(), np.uint8) for b in built]
+        bounds = [np.asarray(b.extras[key]) for b in built for key in sorted(b.extras)]
+        yield f"{name} ({len(built)} cases)", digest(*texts, *bounds)
+
+
 SUITES: dict[str, Callable[[int], Digests]] = {
     "generator": generator,
     "functions": functions,
     "contractions": contractions,
     "model": model,
+    "golden": golden,
 }
 
 
@@ -166,7 +181,9 @@ def simd() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suites", nargs="*", default=list(SUITES), choices=list(SUITES))
+    parser.add_argument(
+        "--suites", nargs="*", default=[s for s in SUITES if s != "golden"], choices=list(SUITES)
+    )
     parser.add_argument("--points", type=int, default=20_000)
     options = parser.parse_args()
     start = time.perf_counter()

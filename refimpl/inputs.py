@@ -27,7 +27,7 @@ class Inputs:
 
     @property
     def exists(self) -> Array:
-        return self.segments != PADDING
+        return np.not_equal(self.segments, PADDING)
 
 
 def read_inputs(
@@ -56,19 +56,15 @@ def read_inputs(
         _in_range("mask", flags, 0, 2, "0 and 1")
         segments = np.where(flags == 1, segments, PADDING)
     places = positions(segments) if position_ids is None else _like("position_ids", position_ids, ids)
-    _in_range("position_ids", places, 0, config.max_position_embeddings, "max_position_embeddings")
+    used = np.where(segments == PADDING, 0, places)  # padding may be longer than the table
+    _in_range("position_ids", used, 0, config.max_position_embeddings, "max_position_embeddings")
     if labels is not None and targets is not None:
         raise Invalid("labels and targets are both given, but only one of them may be.")
     wanted = None
     if targets is not None:
-        wanted = _like("targets", targets, ids)
+        wanted = _wanted("targets", targets, ids, segments, config.vocab_size)
     elif labels is not None:
-        wanted = _shifted(_like("labels", labels, ids), segments)
-    if wanted is not None:
-        wanted = np.where(segments == PADDING, loss.IGNORED, wanted)
-        _in_range(
-            "targets", wanted[wanted != loss.IGNORED], 0, config.vocab_size, "the vocabulary (-100 for none)"
-        )
+        wanted = _shifted(_wanted("labels", labels, ids, segments, config.vocab_size), segments)
     return Inputs(ids, segments, places, wanted)
 
 
@@ -81,10 +77,12 @@ def read_routing(
     """
     ready: dict[str, tuple[Array, Array | None]] = {}
     want = (*shape, config.num_experts_per_tok)
+    if not isinstance(routing, Mapping):
+        raise Invalid(f"routing is a {type(routing).__name__}, but it has to map layers to experts.")
     for layer, given in routing.items():
         if layer not in range(config.num_hidden_layers) or not config.is_moe_layer(layer):
             raise Invalid(f"routing names layer {layer!r}, but that is no layer with experts.")
-        ids, weights = given if isinstance(given, tuple) else (given, None)
+        ids, weights = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         ids = _integers(f"routing of layer {layer}", ids)
         if ids.shape != want:
             raise Invalid(f"routing of layer {layer} has shape {ids.shape}, but it has to be {want}.")
@@ -95,19 +93,36 @@ def read_routing(
                 f"routing of layer {layer} names an expert twice for a token, but each may be there once."
             )
         if weights is not None:
-            weights = np.asarray(weights)
-            if weights.shape != want or weights.dtype.kind not in "fiu" or not np.isfinite(weights).all():
-                raise Invalid(f"routing weights of layer {layer} have to be finite numbers of shape {want}.")
+            weights = read_numbers(f"routing weights of layer {layer}", weights)
+            if weights.shape != want:
+                raise Invalid(
+                    f"routing weights of layer {layer} have shape {weights.shape}, but it has to be {want}."
+                )
             weights = weights.reshape(-1, want[-1])
         ready[f"model.layers.{layer}.mlp.gate"] = (ids.reshape(-1, want[-1]), weights)
     return ready
 
 
-def _integers(name: str, x: npt.ArrayLike) -> Array:
+def read_numbers(name: str, x: npt.ArrayLike) -> Array:
+    """Finite real numbers as an array.  Raises Invalid."""
+    array = _array(name, x)
+    if array.dtype.kind not in "fiu":
+        raise Invalid(f"{name} has dtype {array.dtype}, but it has to be an array of real numbers.")
+    if not np.isfinite(array).all():
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise Invalid(f"{name} has {array[index]} at {index}, but all its values have to be finite.")
+    return array
+
+
+def _array(name: str, x: npt.ArrayLike) -> Array:
     try:
-        array = np.asarray(x)
+        return np.asarray(x)
     except ValueError:
         raise Invalid(f"{name} is ragged, but all its rows must have the same length.") from None
+
+
+def _integers(name: str, x: npt.ArrayLike) -> Array:
+    array = _array(name, x)
     if array.dtype.kind not in "iub" or array.dtype == np.uint64:
         raise Invalid(f"{name} has dtype {array.dtype}, but it has to be an integer array.")
     return array.astype(np.int64)
@@ -117,6 +132,14 @@ def _like(name: str, x: npt.ArrayLike, ids: Array) -> Array:
     array = _integers(name, x)
     if array.shape != ids.shape:
         raise Invalid(f"{name} has shape {array.shape}, but input_ids has {ids.shape}.")
+    return array
+
+
+def _wanted(name: str, x: npt.ArrayLike, ids: Array, segments: Array, vocabulary: int) -> Array:
+    """Targets or labels (B, S), none in padding."""
+    array = np.where(segments == PADDING, loss.IGNORED, _like(name, x, ids))
+    ids_only = np.where(array == loss.IGNORED, 0, array)
+    _in_range(name, ids_only, 0, vocabulary, "the vocabulary, or -100 for none")
     return array
 
 

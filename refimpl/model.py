@@ -23,13 +23,14 @@ from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Unsupported
-from refimpl.inputs import Inputs, read_inputs, read_routing
+from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
 from refimpl.layers import gate, loss, rope
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.arithmetic import Arithmetic, Array, arithmetic
 from refimpl.numerics.gradients import Gradients
+from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
 
 Source = str | PathLike[str] | tuple[ModelConfig | Mapping[str, Any], Mapping[str, Any]]
@@ -38,14 +39,14 @@ Sink = Callable[[str, Array], None]
 
 def load(
     source: Source,
-    precision: str | Arithmetic = "exact",
+    precision: str | Recipe | Arithmetic = "exact",
     choices: str | Choices = "hf",
     training: TrainingConfig | None = None,
 ) -> Model:
     """A model from a checkpoint folder in the published layout, a preset's name (virtual weights), or a pair
     of config and weights by checkpoint name.
 
-    precision: exact, float64, float32, a recipe's name, or an Arithmetic.
+    precision: exact, float64, float32, a recipe's name, a Recipe, or an Arithmetic.
     Raises: Invalid, Missing, Unsupported, Unreadable, each naming the field, tensor or file.  SPEC MODEL-1.
     """
     config, weights = _open(source)
@@ -53,6 +54,8 @@ def load(
         raise Unsupported(
             f"model_type is {config.model_type!r}, whose sparse attention is not computed here."
         )
+    if training is not None and not isinstance(training, TrainingConfig):
+        raise Invalid(f"training is a {type(training).__name__}, but it has to be a TrainingConfig.")
     if training is not None and (training.balance_loss_weight or training.mtp_loss_weight):
         raise Unsupported(
             "training has balance_loss_weight or mtp_loss_weight; only the main loss is computed here."
@@ -74,6 +77,8 @@ def _open(source: Source) -> tuple[ModelConfig, Weights]:
     if isinstance(source, str) and source in PRESETS:
         config = preset(source)
         return config, VirtualWeights(config)
+    if not isinstance(source, str | PathLike):
+        raise Invalid(f"source is a {type(source).__name__}, but it has to be a folder, a preset, or a pair.")
     return open_folder(source)
 
 
@@ -185,6 +190,8 @@ class Model:
             self._values_checked = True
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, position_ids)
         patterns = (trace,) if isinstance(trace, str) else tuple(trace)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise Invalid(f"trace is {trace!r}, but it has to be patterns of tensors' names.")
         c = Context(
             self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, bool(patterns)
         )
@@ -193,12 +200,13 @@ class Model:
                 c,
                 ops=replace(self.ops, gate=gate.forced(read_routing(self.config, routing, given.ids.shape))),
             )
+        count = self._target_count(given, target_count)
         batch = self._batch(given)
         x, saved = given.ids.reshape(-1), []
         for unit in units(self.config):
             x, kept = unit_forward(c, unit, x, batch)
             saved.append(kept)
-        value, loss_saved = self._loss(c, x, given, target_count)
+        value, loss_saved = self._loss(c, x, given, count)
         run = _Run(c, batch, saved, loss_saved)
         shape = given.ids.shape
         named = dict(_named(run, self.config, patterns, shape))
@@ -220,6 +228,8 @@ class Model:
         SPEC MODEL-4.
         """
         run, given = result._run, self._cotangents(result, cotangents or {})
+        if run.context.parameters is not self._parameters:
+            raise Invalid("result is of another model, but backward needs one of this model's own forward.")
         if run.loss is None and not cotangents:
             raise Invalid(
                 "backward has neither a loss nor cotangents, but it needs targets, labels or cotangents."
@@ -256,33 +266,43 @@ class Model:
 
     def _batch(self, given: Inputs) -> Batch:
         tables = rope.tables(self.ar, self.config, self.choices, given.positions.reshape(-1))
-        return Batch(*given.ids.shape, tables, allowed(given.segments))
+        size, length = given.ids.shape
+        return Batch(size, length, tables, allowed(given.segments))
+
+    def _target_count(self, given: Inputs, target_count: int | None) -> int | None:
+        """The divisor of the loss, checked; None without targets."""
+        if given.targets is None:
+            return None
+        if target_count is None:
+            counted = (
+                given.exists if self.choices.loss_divisor == "positions" else given.targets != loss.IGNORED
+            )
+            count = int(counted.sum())
+            if count == 0:
+                raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
+            return count
+        if not isinstance(target_count, int | np.integer) or target_count < 1:
+            raise Invalid(f"target_count is {target_count!r}, but it has to be an integer of at least 1.")
+        return int(target_count)
 
     def _loss(
-        self, c: Context, logits: Array, given: Inputs, target_count: int | None
+        self, c: Context, logits: Array, given: Inputs, count: int | None
     ) -> tuple[float | None, loss.Saved | None]:
-        if given.targets is None:
-            return None, None
-        count = target_count
         if count is None:
-            positions = self.choices.loss_divisor == "positions"
-            count = given.exists.sum() if positions else (given.targets != loss.IGNORED).sum()
-        if count < 1:
-            raise Invalid(
-                f"the number of targets is {count}, but a loss needs at least one target that is not -100."
-            )
-        value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), int(count))
+            return None, None
+        assert given.targets is not None  # there is a count only with targets
+        value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), count)
         return float(value), saved
 
     def _cotangents(self, result: Result, given: Mapping[str, npt.ArrayLike]) -> Cotangents:
         ready = {}
+        if not isinstance(given, Mapping):
+            raise Invalid(f"cotangents are a {type(given).__name__}, but they have to map names to arrays.")
         for name, value in given.items():
-            array = self.ar.array(value)
+            array = self.ar.array(read_numbers(f"cotangent {name}", value))
             if name in result.tensors and result.tensors[name].shape != array.shape:
                 found, required = array.shape, result.tensors[name].shape
                 raise Invalid(f"cotangent {name} has shape {found}, but its tensor has {required}.")
-            if not np.isfinite(array).all():
-                raise Invalid(f"cotangent {name} has a value that is not finite, but all have to be.")
             ready[name] = array
         return Cotangents(ready)
 

@@ -6,7 +6,7 @@ the selection bias, which is exact in float32, has both signs, and is never zero
 
 embedding  standard deviation 0.82
 linear     the power of two that brings the standard deviation nearest to 1 / sqrt(inputs), so that
-           activations keep their size and attention logits are not tiny
+           activations keep their size; attention logits have a standard deviation of 1 to 4
 router     twice that: scores spread well over (0, 1)
 gain       uniform in [0.375, 1.625) in steps of 1 / 128
 bias       standard deviation 0.10, about half of that of the scores; the offset's second term,

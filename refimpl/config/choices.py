@@ -1,4 +1,4 @@
-"""Choices: where the sources disagree or are silent, a field with a name.  SPEC CHOICE-1.
+"""Choices: where the sources disagree or are silent, a field with a name.  SPEC CHOICE-1, CHOICE-2.
 
 `CHOICES` is the table of what can be chosen, who does what, and why the default is what it is; `PROFILES`
 fill it.  A choice is neither the checkpoint's (ModelConfig) nor the training run's (TrainingConfig).
@@ -74,7 +74,7 @@ CHOICES: Final[tuple[Choice, ...]] = (
         "What is added to the sum that normalises the routing weights?",
         {1e-20: f"{HF}, {REMOTE}, {MEGATRON}", 0.0: f"{DEMO}, {REPORT} eq. 13"},
         1e-20,
-        "the profile's source; it changes no bit unless every chosen score is below 1e-4",
+        "the profile's source; it changes no bit unless the chosen scores sum to less than 2^-13",
     ),
     Choice(
         "topk_norm_single",
@@ -227,7 +227,12 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 PROFILES: Final[Mapping[str, Choices]] = {
     "hf": Choices(),
-    "official": Choices(yarn_applies="beyond_original", yarn_mscale_zero="remote", topk_norm_epsilon=0.0),
+    "official": Choices(
+        yarn_applies="beyond_original",
+        yarn_mscale_zero="remote",
+        topk_norm_epsilon=0.0,
+        v2_topk_norm="ignore",
+    ),
     "report": Choices(
         yarn_applies="beyond_original",
         yarn_mscale_zero="remote",

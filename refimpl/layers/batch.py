@@ -34,7 +34,7 @@ class Batch:
 def positions(segments: Array) -> Array:
     """segments (B, S)  ->  (B, S): how many earlier tokens of the same sequence have the same segment, so a
     packed document counts from 0, as it does alone."""
-    return _earlier(segments).sum(-1)
+    return np.asarray(np.count_nonzero(_earlier(segments), -1))
 
 
 def allowed(segments: Array) -> Array:
@@ -46,4 +46,4 @@ def allowed(segments: Array) -> Array:
 
 def _earlier(segments: Array) -> Array:
     before = np.tri(segments.shape[1], k=-1, dtype=bool)
-    return (segments[:, :, None] == segments[:, None, :]) & before  # (B, S, S)
+    return np.asarray((segments[:, :, None] == segments[:, None, :]) & before)  # (B, S, S)

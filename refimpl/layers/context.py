@@ -64,7 +64,12 @@ class Cotangents:
         if name not in self._given:
             return dy
         self.taken.add(name)
-        return dy + self._given[name].reshape(dy.shape)
+        given = self._given[name]
+        if given.size != dy.size or given.shape[given.ndim - dy.ndim + 1 :] != dy.shape[1:]:
+            raise Invalid(
+                f"cotangent {name} has shape {given.shape}, but its tensor has (tokens, ...) = {dy.shape}."
+            )
+        return dy + given.reshape(dy.shape)
 
     def check_taken(self) -> None:
         """Raises Invalid if a given gradient met no tensor that takes one."""
@@ -100,7 +105,7 @@ class Context:
 
     def name(self, leaf: str) -> str:
         """The checkpoint name of a tensor of this module."""
-        return f"{self.path}.{leaf}"
+        return f"{self.path}.{leaf}" if self.path else leaf
 
     def array(self, leaf: str) -> Array:
         """A weight as a plain array."""

@@ -38,15 +38,18 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
     ar, groups = c.ar, group_tokens(idx)
     tokens, chosen = idx.shape
 
-    def run(group: Group) -> tuple[Array, mlp.Saved]:
-        out: tuple[Array, mlp.Saved] = c.ops.mlp.forward(_expert(c, group), x.rows(group.tokens))
+    slots = ar.zeros((tokens * chosen, x.value.shape[-1]))  # (T K, D)
+
+    def run(group: Group) -> mlp.Saved:
+        slots[group.slots], saved = c.ops.mlp.forward(_expert(c, group), x.rows(group.tokens))
+        out: mlp.Saved = saved
         return out
 
     done = ar.each(run, groups)
-    slots = _spread([y for y, _ in done], groups, tokens * chosen).reshape(tokens, chosen, -1)  # (T, K, D)
+    slots = slots.reshape(tokens, chosen, -1)  # (T, K, D)
     y = ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]  # (T, D)  summed over K
     y = ar.at("experts.out", y)
-    return y, Saved(groups, [s for _, s in done], weight, ar.keep("experts.slots", slots), c.probe(y))
+    return y, Saved(groups, done, weight, ar.keep("experts.slots", slots), c.probe(y))
 
 
 def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Array, Array]:
@@ -57,17 +60,18 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Arr
     dweight = ar.matmul(dy[:, None, :], slots)[:, 0]  # (T, K)
     flat = saved.weight.reshape(-1)  # (T K,)
 
-    def run(work: tuple[Group, mlp.Saved]) -> tuple[Array, Gradients]:
+    dslots = ar.zeros((tokens * chosen, width))  # (T K, D)
+
+    def run(work: tuple[Group, mlp.Saved]) -> Gradients:
         group, expert = work
         own = grads.branch()
         dout = ar.at("d.experts.slots", flat[group.slots][:, None] * dy[group.tokens])  # (n, D)
-        return c.ops.mlp.backward(_expert(c, group), dout, expert, own), own
+        dslots[group.slots] = c.ops.mlp.backward(_expert(c, group), dout, expert, own)
+        return own
 
-    done = ar.each(run, zip(saved.groups, saved.experts, strict=True))
-    for _, own in done:
+    for own in ar.each(run, zip(saved.groups, saved.experts, strict=True)):
         grads.merge(own)
-    dslots = _spread([dx for dx, _ in done], saved.groups, tokens * chosen).reshape(tokens, chosen, width)
-    return ar.at("d.experts.in", ar.sum(dslots, 1)), dweight  # (T, D), (T, K)
+    return ar.at("d.experts.in", ar.sum(dslots.reshape(slots.shape), 1)), dweight  # (T, D), (T, K)
 
 
 def group_tokens(idx: Array) -> list[Group]:
@@ -81,10 +85,3 @@ def group_tokens(idx: Array) -> list[Group]:
 
 def _expert(c: Context, group: Group) -> Context:
     return c.at(str(group.expert))
-
-
-def _spread(parts: list[Array], groups: list[Group], n: int) -> Array:
-    """The rows of each group to their slots: (n, D)."""
-    back = np.empty(n, np.intp)
-    back[np.concatenate([g.slots for g in groups])] = np.arange(n)
-    return np.concatenate(parts)[back]

@@ -46,7 +46,7 @@ def _forward(c: Context, x: Array, forced_idx: Array | None) -> tuple[Array, Arr
     bias = c.array("e_score_correction_bias") if cfg.has_selection_bias else None  # (N,)
     idx = forced_idx
     if idx is None:
-        choice = scores if bias is None else scores + bias  # (T, N)
+        choice = scores if bias is None else ar.at("gate.choice", scores + bias)  # (T, N)
         idx = select(ar.decide(choice), cfg, c.choices)  # (T, K)
     chosen = np.take_along_axis(scores, idx, -1)  # (T, K)
     scale, normalised = weight_rule(cfg, c.choices)
@@ -61,7 +61,7 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     ar, scores = c.ar, saved.scores  # (T, N)
     dweight = c.joined(dweight, "topk_weight")
     if saved.weight_given:
-        dweight = dweight * 0.0
+        dweight = np.zeros_like(dweight)
     chosen = np.take_along_axis(scores, saved.topk_idx, -1)  # (T, K)
     scale, normalised = weight_rule(c.config, c.choices)
     if normalised:
@@ -73,8 +73,9 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     else:
         dlogits = scores * (dscores - ar.dot(dscores, scores)[:, None])
     dlogits = ar.at("d.gate.logits", c.joined(dlogits, "logits"))
-    grads.weight(c.name("weight"), c.microbatch, Operand(dlogits), saved.x)
-    return ar.at("d.gate.in", ar.matmul(dlogits, c.array("weight").T))  # (T, D)
+    dy = ar.operand("gate.dy", dlogits)  # (T, N)
+    grads.weight(c.name("weight"), c.microbatch, dy, saved.x)
+    return ar.at("d.gate.in", ar.matmul(dy.value, c.array("weight").T))  # (T, D)
 
 
 def forced(routing: Mapping[str, tuple[Array, Array | None]]) -> Op:

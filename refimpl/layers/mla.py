@@ -16,10 +16,6 @@ from refimpl.layers.rope import softmax_scale
 from refimpl.numerics.arithmetic import Array, Operand
 from refimpl.numerics.gradients import Gradients
 
-LATENT_EPSILON = (
-    1e-6  # what transformers and DeepSeek's code use for the latents' norms, whatever the config says
-)
-
 
 @dataclass(frozen=True)
 class QuerySaved:
@@ -52,12 +48,12 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
     query = query.reshape(tokens, heads, cfg.qk_head_dim)
     down, kv_a_saved = ops.linear.forward(c.at("kv_a_proj_with_mqa"), hidden)  # (T, C + R)
     latent, k_pe = down[:, : cfg.kv_lora_rank], down[:, None, cfg.kv_lora_rank :]  # (T, C), (T, 1, R)
-    latent, norm_saved = ops.norm.forward(c.at("kv_a_layernorm"), latent, latent_epsilon(c))
+    latent, norm_saved = ops.norm.forward(c.at("kv_a_layernorm"), latent, c.choices.norm_epsilon(c.config))
     up, kv_b_saved = ops.linear.forward(c.at("kv_b_proj"), ar.operand("kv_b_proj.in", latent))
     up = up.reshape(tokens, heads, nope + cfg.v_head_dim)  # per head: key rows, then value rows
     q_pe = ops.rope.forward(c, query[..., nope:], batch.tables)  # (T, H, R)
     k_pe = ops.rope.forward(c, k_pe, batch.tables)  # (T, 1, R)
-    shared = k_pe + np.zeros((1, heads, 1), k_pe.dtype)  # (T, H, R)  one key part for all heads
+    shared = np.broadcast_to(k_pe, q_pe.shape)  # (T, H, R)  one key part for all heads
     out, attention_saved = ops.attention.forward(
         c,
         batch.heads(np.concatenate([query[..., :nope], q_pe], -1)),
@@ -103,18 +99,13 @@ def backward(c: Context, dy: Array, saved: Saved, batch: Batch, grads: Gradients
     return c.ar.at("d.self_attn.in", _query_backward(c, dq, saved.query, grads) + dx)  # (T, D)
 
 
-def latent_epsilon(c: Context) -> float:
-    """The epsilon of the latents' norms: a choice."""
-    return c.config.rms_norm_eps if c.choices.latent_norm_epsilon == "config" else LATENT_EPSILON
-
-
 def _query(c: Context, hidden: Operand) -> tuple[Array, QuerySaved]:
     """hidden (T, D)  ->  (T, H (nope + R))."""
     if c.config.q_lora_rank is None:
         query, saved = c.ops.linear.forward(c.at("q_proj"), hidden)
         return query, QuerySaved(None, None, None, saved)
     down, a_saved = c.ops.linear.forward(c.at("q_a_proj"), hidden)  # (T, q latent)
-    latent, norm_saved = c.ops.norm.forward(c.at("q_a_layernorm"), down, latent_epsilon(c))
+    latent, norm_saved = c.ops.norm.forward(c.at("q_a_layernorm"), down, c.choices.norm_epsilon(c.config))
     query, b_saved = c.ops.linear.forward(c.at("q_b_proj"), c.ar.operand("q_b_proj.in", latent))
     return query, QuerySaved(a_saved, norm_saved, b_saved, None)
 

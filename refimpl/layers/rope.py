@@ -106,8 +106,10 @@ def cos_sin_factor(config: ModelConfig, choices: Choices) -> float:
         return 1.0
     if scaling.mscale and scaling.mscale_all_dim:
         return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    if choices.yarn_mscale_zero == "hf":
+        return _mscale(scaling.factor, 1.0)
     own = 1.0 if scaling.mscale is None else scaling.mscale
-    return _mscale(scaling.factor, 1.0 if choices.yarn_mscale_zero == "hf" else own)
+    return _mscale(scaling.factor, own) / _mscale(scaling.factor, scaling.mscale_all_dim or 0.0)
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -1,4 +1,4 @@
-"""What it means to compute: the arithmetics.  SPEC EXACT-1 to EXACT-5.
+"""What it means to compute: the arithmetics.  SPEC EXACT-1 to EXACT-5, EXACT-7.
 
 Layers are written once, against the `Arithmetic` protocol; what an operation rounds, and where, is decided
 here.  Between two sites a layer uses `+ - * /` and indexing on the arrays that the arithmetic hands out, and
@@ -15,14 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import sparse
 
 from refimpl.errors import Invalid
 from refimpl.numerics import contraction, functions, threads
+
+if TYPE_CHECKING:
+    from refimpl.numerics.recipe import Recipe
+
+THREADED = 1 << 18  # products of a matrix in a stack from which threads over the stack pay off
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -91,6 +96,9 @@ class Arithmetic(Protocol):
     def array(self, x: npt.ArrayLike) -> Array:
         """A constant, table or weight in the carrier's dtype."""
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """An array to be filled, in the carrier's dtype."""
+
     def decide(self, x: Array) -> Array:
         """The plain real numbers on which a discrete decision (mask, top-k) is taken."""
 
@@ -142,6 +150,9 @@ class Exact:
     def array(self, x: npt.ArrayLike) -> Array:
         return np.asarray(x, np.float64)
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape)
+
     def decide(self, x: Array) -> Array:
         return x
 
@@ -179,7 +190,7 @@ class Exact:
         return contraction.mean(x, axis)
 
     def max(self, x: Array, axis: int = -1) -> Array:
-        return x.max(axis)
+        return np.asarray(x.max(axis))
 
     def exp(self, x: Array) -> Array:
         return functions.exp(x)
@@ -209,7 +220,7 @@ class Exact:
 
 
 class Floating:
-    """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-5."""
+    """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-7."""
 
     order_free = False
 
@@ -219,6 +230,9 @@ class Floating:
 
     def array(self, x: npt.ArrayLike) -> Array:
         return np.asarray(x, self.dtype)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape, self.dtype)
 
     def decide(self, x: Array) -> Array:
         return x
@@ -245,10 +259,20 @@ class Floating:
         return dy.value.T @ x.value
 
     def matmul(self, a: Array, b: Array) -> Array:
-        return a @ b.swapaxes(-1, -2)
+        bt = b.swapaxes(-1, -2)
+        if (
+            a.ndim == 2
+            or a.shape[:-2] != b.shape[:-2]
+            or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < THREADED
+        ):
+            return np.asarray(a @ bt)
+        # BLAS threads over one small matrix after another cost more than they give: threads over the stack
+        out = np.empty((*a.shape[:-1], b.shape[-2]), self.dtype)
+        self.each(lambda at: np.matmul(a[at], bt[at], out=out[at]), np.ndindex(a.shape[:-2]))
+        return out
 
     def dot(self, a: Array, b: Array) -> Array:
-        return np.einsum("...k,...k->...", a, b)
+        return np.asarray(np.einsum("...k,...k->...", a, b))
 
     def sum(self, x: Array, axis: int = -1) -> Array:
         return np.asarray(x.sum(axis))
@@ -257,7 +281,7 @@ class Floating:
         return np.asarray(x.mean(axis))
 
     def max(self, x: Array, axis: int = -1) -> Array:
-        return x.max(axis)
+        return np.asarray(x.max(axis))
 
     def exp(self, x: Array) -> Array:
         return np.exp(x)
@@ -275,12 +299,14 @@ class Floating:
         return np.cos(x)
 
     def sigmoid(self, x: Array) -> Array:
-        return special.expit(x)
+        with np.errstate(over="ignore"):  # exp(-x) = inf gives 0
+            e = np.exp(-x)
+        e += 1.0
+        return np.reciprocal(e, out=e)
 
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
-        total = np.zeros((n, *x.shape[1:]), x.dtype)
-        np.add.at(total, ids, x)
-        return total
+        hot = sparse.csr_array((np.ones(len(ids), x.dtype), (ids, np.arange(len(ids)))), (n, len(ids)))
+        return np.asarray(hot @ x)
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return threads.each(call, items)
@@ -293,14 +319,22 @@ _PLAIN: dict[str, Callable[[], Arithmetic]] = {
 }
 
 
-def arithmetic(precision: str | Arithmetic) -> Arithmetic:
-    """The arithmetic of a name: exact, float64, float32, or a recipe's; an arithmetic is handed back.
+def arithmetic(precision: str | Recipe | Arithmetic) -> Arithmetic:
+    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; or itself.
 
     Raises: Invalid for an unknown name.
     """
-    from refimpl.numerics.recipe import RECIPES, Rounded  # a recipe builds on Exact, so it stands above
+    from refimpl.numerics.recipe import (
+        RECIPES,
+        Recipe,
+        Rounded,
+    )  # a recipe builds on Exact, so it stands above
 
+    if isinstance(precision, Recipe):
+        return Rounded(precision)
     if not isinstance(precision, str):
+        if not hasattr(precision, "fprop"):
+            raise Invalid(f"precision is {precision!r} and has to be a name, a recipe or an arithmetic.")
         return precision
     if precision in _PLAIN:
         return _PLAIN[precision]()

@@ -1,4 +1,4 @@
-"""Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1.
+"""Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1 to RECIPE-3.
 
 A site is a named boundary where a real system stores a tensor, sends it, or feeds it to a GEMM.  A recipe is
 a table from site to rule.  `Rounded` is the exact arithmetic with the recipe's roundings: contractions and
@@ -31,12 +31,13 @@ SITES = {
     "gate.in": "the router's input",
     "gate.logits": "the router's products",
     "gate.scores": "sigmoid or softmax of the logits",
+    "gate.choice": "scores with the selection bias",
     "gate.weights": "routing weights",
     "swiglu.act": "silu(gate) * up",
     "experts.out": "the weighted sum of the chosen experts",
     "moe.out": "routed and shared experts together",
     "residual": "the residual stream",
-    "logits": "the head's output",
+    "lm_head.out": "the logits",
     "d.*": "the gradient of the value at the site that follows",
 }
 
@@ -74,12 +75,12 @@ RECIPES = {
             Rule("gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
             Rule("d.gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
             Rule(
-                "attention.scores", "fp32", "recorded", "report section 3.3.1: attention keeps high precision"
+                "attention.scores", "fp32", "modelled", "report section 3.3.1: attention keeps high precision"
             ),
-            Rule("d.attention.scores", "fp32", "recorded", "report section 3.3.1"),
+            Rule("d.attention.scores", "fp32", "modelled", "report section 3.3.1"),
             Rule("rope.table", "bf16", "recorded", f"{_HF}: cos and sin are cast to the input's dtype"),
             Rule("norm.normed", "bf16", "recorded", f"{_HF}: cast before the gain"),
-            Rule("logits", "fp32", "modelled", "the loss is taken in float32"),
+            Rule("lm_head.out", "fp32", "modelled", "the loss is taken in float32"),
             Rule("d.logits", "bf16", "modelled", "the gradient that enters the head's Dgrad and Wgrad"),
             Rule("*", "bf16", "recorded", "every activation is stored in bfloat16"),
         ),

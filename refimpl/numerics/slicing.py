@@ -30,6 +30,7 @@ SMALLEST, LARGEST = 2.0**-600, 2.0**600  # squared norms of rows that need no sc
 SLACK = 1.0 + 2.0**-20  # covers the rounding of a plain sum of squares
 
 Ints = NDArray[np.int64]
+Columns = NDArray[np.intp] | None
 
 
 def spread_bits(length: int) -> int:
@@ -63,17 +64,19 @@ class Slices:
     """frame = head + middle + tail; middle and tail hold only the listed columns."""
 
     head: Array  # (..., R, K)
-    middle: Array | None  # (..., R, C)  None where head is everything
-    tail: Array | None  # (..., R, C)
-    columns: NDArray[np.intp] | None  # (C,)  None for all of them
+    middle: Array | None = None  # (..., R, C)  None where head is everything
+    columns: Columns = None  # (C,)  of middle; None for all of them
+    tail: Array | None = None  # (..., R, D)  None where head and middle are everything
+    tail_columns: Columns = None  # (D,)  of tail
 
     def rows(self, index: Any) -> Slices:
         at = (..., index, slice(None))
         return Slices(
             self.head[at],
             None if self.middle is None else self.middle[at],
-            None if self.tail is None else self.tail[at],
             self.columns,
+            None if self.tail is None else self.tail[at],
+            self.tail_columns,
         )
 
 
@@ -107,26 +110,92 @@ def _scaled_frame(value: Array, squares: Array, unsafe: NDArray[np.bool_]) -> Fr
     return Frame(x, exponent, shift if shift.any() else None, mark if special.any() else None, lossy)
 
 
-def cut(f: Frame) -> Slices:
-    """A frame  ->  its slices"""
+class Room:
+    """Memory for the slices of one block, used again by the next: fresh pages cost as much as the cuts."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, int]) -> Array:
+        size = shape[0] * shape[1]
+        if name not in self._pieces or self._pieces[name].size < size:
+            self._pieces[name] = np.empty(size)
+        return self._pieces[name][:size].reshape(shape)
+
+
+def cut(f: Frame, room: Room) -> Slices:
+    """A frame  ->  its slices, in that room"""
     length = f.x.shape[-1]
-    sigma = np.ldexp(1.5, f.exponent + 26)[..., None]
-    head = f.x + sigma
-    head -= sigma
-    rest = f.x - head
-    if not rest.any():
-        return Slices(f.x, None, None, None)
-    columns = None
-    if np.count_nonzero(rest.reshape(-1, length)[0]) * 2 < length:
-        filled = rest.any(axis=tuple(range(rest.ndim - 1)))
-        if np.count_nonzero(filled) * 4 < length:
-            columns = np.flatnonzero(filled)
-            rest = rest[..., columns]
-    sigma = np.ldexp(1.5, f.exponent + (spread_bits(length) + 1))[..., None]
-    middle = rest + sigma
-    middle -= sigma
-    rest -= middle
-    return Slices(head, middle, rest if rest.any() else None, columns)
+    x, exponent = f.x.reshape(-1, length), f.exponent.reshape(-1)
+    coarse = np.ldexp(1.5, exponent + 26)[:, None]
+    filled = _filled(x, coarse)
+    if filled is None:
+        return Slices(f.x)
+    columns = _few(filled)
+    fine = np.ldexp(1.5, exponent + (spread_bits(length) + 1))[:, None]
+    head = room.array("head", x.shape)
+    middle = room.array("middle", (len(x), length if columns is None else len(columns)))
+    tail = room.array("tail", middle.shape)
+    left = np.zeros(middle.shape[1], np.bool_)
+    for at in _chunks(x):
+        _cut_rows(x[at], coarse[at], fine[at], columns, head[at], middle[at], tail[at])
+        if _few(left) is not None:
+            left |= tail[at].any(axis=0)
+    lead = f.x.shape[:-1]
+    first, second = head.reshape(f.x.shape), middle.reshape(*lead, -1)
+    if not left.any():
+        return Slices(first, second, columns)
+    some = _few(left)
+    if some is None:
+        return Slices(first, second, columns, tail.reshape(*lead, -1), columns)
+    of_tail = some if columns is None else columns[some]
+    return Slices(first, second, columns, tail[:, some].reshape(*lead, -1), of_tail)
+
+
+def _few(filled: NDArray[np.bool_]) -> Columns:
+    # the columns that are filled, if they are so few that picking them pays
+    return np.flatnonzero(filled) if np.count_nonzero(filled) * 4 < len(filled) else None
+
+
+def _chunks(x: Array) -> list[slice]:
+    step = max(1, CHUNK // x.shape[-1])
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+
+def _filled(x: Array, sigma: Array) -> NDArray[np.bool_] | None:
+    """x (R, K)  ->  (K,) where head is not everything, or None if it is; stops when that is many columns."""
+    filled = None
+    for at in _chunks(x):
+        head = x[at] + sigma[at]
+        head -= sigma[at]
+        differs = head != x[at]
+        if differs.any():
+            new = differs.any(axis=0)
+            filled = new if filled is None else filled | new
+            if _few(filled) is None:
+                break
+    return filled
+
+
+def _cut_rows(
+    x: Array,
+    coarse: Array,
+    fine: Array,
+    columns: Columns,
+    head: Array,
+    middle: Array,
+    tail: Array,
+) -> None:
+    """Fills head, middle and tail: adding and subtracting 1.5 * 2^52 units rounds to multiples of a unit."""
+    np.add(x, coarse, out=head)
+    head -= coarse
+    if columns is None:
+        np.subtract(x, head, out=tail)
+    else:
+        np.subtract(x[:, columns], head[:, columns], out=tail)
+    np.add(tail, fine, out=middle)
+    middle -= fine
+    tail -= middle
 
 
 class Prepared:
@@ -137,6 +206,8 @@ class Prepared:
         if self.value.ndim < 2:
             raise Invalid(f"an operand has shape {self.value.shape}, but needs at least rows and columns.")
         self._frame, self._slices = frame_, slices
+        self._blocks: dict[tuple[int, int], Prepared] = {}
+        self._room: Room | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,8 +222,24 @@ class Prepared:
     @property
     def slices(self) -> Slices:
         if self._slices is None:
-            self._slices = cut(self.frame)
+            self._slices = cut(self.frame, self._room or Room())
         return self._slices
+
+    def cut(self) -> Prepared:
+        """Cuts now what would be cut at the first contraction; returns itself."""
+        assert self.slices.head.shape == self.shape
+        return self
+
+    def block(self, start: int, stop: int, room: Room | None) -> Prepared:
+        """The rows start to stop of a matrix: kept for the next partner, or cut in a room used again."""
+        if (start, stop) in self._blocks:
+            return self._blocks[start, stop]
+        part = self.rows(slice(start, stop))
+        if room is None:
+            self._blocks[start, stop] = part
+        else:
+            part._room = room
+        return part
 
     def rows(self, index: Any) -> Prepared:
         """The rows index of axis -2; what has been cut already is gathered, not cut again."""

@@ -92,11 +92,19 @@ def _sum_rows(x: Array) -> Array:
     hard = ~(size < HUGE)
     easy = np.where(hard[:, None], 0.0, x) if hard.any() else x
     out, open_ = _decide(_accumulate(easy, _total, _spread))
-    for i in np.flatnonzero(open_ | (hard & np.isfinite(x).all(-1))):
-        out[i] = integers.exact_sum(x[i])
-    special = np.flatnonzero(hard & ~np.isfinite(x).all(-1))
-    out[special] = _special_sum(x[special])
+    for i in np.flatnonzero(open_ & ~hard):
+        out[i] = math.fsum(x[i]) + 0.0  # correctly rounded, as nothing overflows
+    if hard.any():
+        _hard_rows(x, hard, 1, out)
     return out
+
+
+def _hard_rows(x: Array, hard: Bits, divisor: int, out: Array) -> None:
+    finite = np.isfinite(x).all(-1)
+    for i in np.flatnonzero(hard & finite):
+        out[i] = integers.exact_sum(x[i], divisor)
+    special = np.flatnonzero(hard & ~finite)
+    out[special] = _special_sum(x[special])
 
 
 def _dot_rows(a: Array, b: Array) -> Array:
@@ -116,12 +124,16 @@ def _dot_rows(a: Array, b: Array) -> Array:
         terms[hard] = 0.0
     pair = _accumulate(terms, _total, _spread)
     out, open_ = _decide(pair._replace(error=pair.error + lost))
-    finite = np.isfinite(a).all(-1) & np.isfinite(b).all(-1) if hard.any() else ~hard
-    for i in np.flatnonzero(finite & (open_ | hard)):
-        out[i] = integers.exact_dot(a[i], b[i])
-    special = np.flatnonzero(~finite)
-    sign = [np.where(np.isinf(x[special]), x[special], np.sign(x[special])) for x in (a, b)]
-    out[special] = _special_sum(sign[0] * sign[1])
+    for i in np.flatnonzero(open_ & ~hard & (lost == 0)):
+        out[i] = math.fsum(terms[i]) + 0.0
+    rest_open = hard | (open_ & (lost > 0))
+    if rest_open.any():
+        finite = np.isfinite(a).all(-1) & np.isfinite(b).all(-1)
+        for i in np.flatnonzero(finite & rest_open):
+            out[i] = integers.exact_dot(a[i], b[i])
+        special = np.flatnonzero(~finite)
+        sign = [np.where(np.isinf(x[special]), x[special], np.sign(x[special])) for x in (a, b)]
+        out[special] = _special_sum(sign[0] * sign[1])
     return out
 
 
@@ -133,7 +145,9 @@ def _float64(x: ArrayLike) -> Array:
     if array.dtype.kind not in "fiub":
         raise Invalid(f"an operand has dtype {array.dtype}, but a contraction needs real numbers.")
     wide = array.astype(np.float64)
-    if array.dtype.itemsize >= 8 and not (wide.astype(array.dtype) == array).all():
+    with np.errstate(invalid="ignore"):
+        exact = array.dtype.itemsize < 8 or bool((wide.astype(array.dtype) == array).all())
+    if not exact:
         raise Invalid(f"an operand of dtype {array.dtype} holds values that float64 cannot represent.")
     return wide
 
@@ -205,11 +219,12 @@ def _mean_rows(x: Array) -> Array:
     correction = (remainder + pair.low) / count
     error = (pair.error / count + np.abs(correction) * 2.0**-50) * SLACK
     out, open_ = _decide(Pair(quotient, correction, error))
-    open_ |= (np.abs(quotient) < TINY_PRODUCT) & (size > 0)  # the remainder may have underflowed
-    for i in np.flatnonzero(open_ | (hard & np.isfinite(x).all(-1))):
+    # the remainder may have underflowed
+    open_ |= (np.abs(quotient) < TINY_PRODUCT) & ((pair.high != 0) | (pair.error > 0))
+    for i in np.flatnonzero(open_ & ~hard):
         out[i] = integers.exact_sum(x[i], x.shape[-1])
-    special = np.flatnonzero(hard & ~np.isfinite(x).all(-1))
-    out[special] = _special_sum(x[special])
+    if hard.any():
+        _hard_rows(x, hard, x.shape[-1], out)
     return out
 
 

@@ -3,14 +3,18 @@
 import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from refimpl.checkpoint import Stored, VirtualWeights, check, open_folder, write
 from refimpl.config import preset
 from refimpl.errors import Invalid, Missing, Unreadable
 
+MODELS = Path(__file__).parent.parent / "recordings" / "models"
+RECORDINGS = sorted(path.parent for path in MODELS.glob("*/model.safetensors"))
 CONFIG = preset("tiny-v3-noq")
 VIRTUAL = VirtualWeights(CONFIG, seed=5)
 STORED = {name: Stored(VIRTUAL.dtype(name), VIRTUAL.shape(name), VIRTUAL.codes(name)) for name in VIRTUAL}
@@ -50,6 +54,17 @@ def test_shards_give_every_tensor_bit_for_bit(folder):
         assert np.array_equal(weights[name], VIRTUAL[name])
         assert np.array_equal(weights.codes(name), VIRTUAL.codes(name))
         assert np.array_equal(weights.slice(name, 3, 5), VIRTUAL.slice(name, 3, 5))
+
+
+@pytest.mark.parametrize("recorded", RECORDINGS, ids=lambda path: path.name)
+def test_a_recorded_checkpoint_is_complete_and_reads_as_the_library_reads_it(recorded):
+    _, weights = open_folder(recorded)
+    check(weights, values=True)
+    assert not weights.unknown
+    theirs = safetensors.numpy.load_file(recorded / "model.safetensors")
+    assert set(weights) == set(theirs)
+    for name, array in theirs.items():
+        assert np.array_equal(weights[name], array.astype(weights[name].dtype))
 
 
 def test_a_single_file_is_the_same(folder):

@@ -63,6 +63,31 @@ def test_linears_have_the_spread_that_keeps_activations():
             assert math.isclose(TINY[name].std(), TINY.rule(name).scale * FIELD_STD, rel_tol=0.1)
 
 
+@pytest.mark.parametrize("preset_name", ["tiny-v3", "mid-v3", "deepseek-v3"])
+def test_attention_logits_are_neither_tiny_nor_saturated(preset_name):
+    """q . k of a head on normal activations, without rotation, which changes no length; YaRN's factor in."""
+    c = preset(preset_name)
+    weights, path = VirtualWeights(c), "model.layers.0."
+
+    def rows(name, n):
+        width = weights.shape(f"{path}{name}")[1]
+        return weights.slice(f"{path}{name}", 0, n * width).reshape(n, width)
+
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True)) * weights[f"{path}{name}.weight"]
+
+    x = norm(np.random.default_rng(0).standard_normal((24, c.hidden_size)), "input_layernorm")
+    latent = norm(x @ weights[f"{path}self_attn.q_a_proj.weight"].T, "self_attn.q_a_layernorm")
+    q = latent @ rows("self_attn.q_b_proj.weight", c.qk_head_dim).T
+    kv = x @ weights[f"{path}self_attn.kv_a_proj_with_mqa.weight"].T
+    k_nope = norm(kv[:, : c.kv_lora_rank], "self_attn.kv_a_layernorm")
+    k = np.hstack(
+        [k_nope @ rows("self_attn.kv_b_proj.weight", c.qk_nope_head_dim).T, kv[:, c.kv_lora_rank :]]
+    )
+    logits = q @ k.T / math.sqrt(c.qk_head_dim) * (0.1 * math.log(40) + 1) ** 2
+    assert 1.0 < logits.std() < 4.0
+
+
 def test_gains_lie_around_one():
     gains = np.concatenate([TINY[name] for name in TINY if TINY.spec(name).role == "gain"])
     assert gains.min() >= 0.375

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from refimpl.errors import Invalid
-from refimpl.numerics import contraction, summation
+from refimpl.numerics import contraction, slicing, summation
 from refimpl.numerics.contraction import Prepared, contract, dot, mean, prepare, segment_sum, sum_
 
 RANDOM = np.random.Generator(np.random.PCG64(20241227))
@@ -75,6 +76,10 @@ DATA = {
     "cancellation": cancelling(5, 6, 30),
     "ties": ties(6, 7, 5),
     "float32": (narrowed(np.float32, 4, 200), narrowed(np.float32, 5, 200)),
+    "long rows of float32": (narrowed(np.float32, 3, 5000), narrowed(np.float32, 3, 5000)),
+    "long rows of bfloat16": (narrowed(ml_dtypes.bfloat16, 3, 5000), narrowed(ml_dtypes.bfloat16, 3, 5000)),
+    "outliers": (normal(4, 300) * np.where(np.arange(300) % 97, 1, 2.0**30), normal(5, 300)),
+    "a wide format with a narrow partner": (narrowed(np.float32, 6, 12), RANDOM.integers(-8, 8, (20, 12))),
     "bfloat16": (narrowed(ml_dtypes.bfloat16, 4, 700), narrowed(ml_dtypes.bfloat16, 5, 700)),
     "E4M3": (narrowed(ml_dtypes.float8_e4m3fn, 4, 200), narrowed(ml_dtypes.float8_e4m3fn, 5, 200)),
     "bfloat16 with E4M3": (narrowed(ml_dtypes.bfloat16, 4, 200), narrowed(ml_dtypes.float8_e4m3fn, 5, 200)),
@@ -128,6 +133,48 @@ def test_a_plain_product_of_matrices_is_not_the_nearest_float64():
         assert not twin.same_bits(a @ b.T, twin.contract(a, b))
 
 
+def test_without_the_error_bound_ties_come_out_wrong(monkeypatch):
+    a, b = DATA["ties"]
+    assert twin.same_bits(contract(a, b), twin.contract(a, b))
+    monkeypatch.setattr(contraction, "_error", lambda fa, fb: np.zeros((len(fa.x), len(fb.x))))
+    assert not twin.same_bits(contract(a, b), twin.contract(a, b))
+
+
+def test_the_error_bound_holds_with_room_to_spare():
+    a, b = normal(3, 3000), normal(3, 3000)
+    fa, fb = slicing.frame(a), slicing.frame(b)
+    sa, sb = slicing.cut(fa, slicing.Room()), slicing.cut(fb, slicing.Room())
+    low, bound = contraction._low(fa, sa, fb, sb), contraction._error(fa, fb)
+    for m, n in np.ndindex(3, 3):
+        parts = [(sa.middle[m], b[n] - sb.head[n]), (sa.head[m], sb.tail[n]), (sa.tail[m], b[n])]
+        exact = sum(
+            (Fraction(x) * Fraction(y) for p, q in parts for x, y in zip(p, q, strict=True)), Fraction(0)
+        )
+        assert abs(Fraction(low[m, n]) - exact) <= Fraction(bound[m, n]) / 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 48, 1000, 5000])
+def test_slices_are_exact_and_as_short_as_the_proof_needs(length):
+    x = ranged(5, length, decades=4)
+    f = slicing.frame(x)
+    s = slicing.cut(f, slicing.Room())
+    coarse = np.ldexp(1.0, f.exponent - 26)[:, None]
+    spread = 2.0 ** slicing.spread_bits(length)
+    assert spread >= math.sqrt(length) / 2 > spread / 2 - 1e-9
+    assert (s.head % coarse == 0).all()
+    total = s.head.copy()
+    columns = slice(None) if s.columns is None else s.columns
+    if s.middle is not None:
+        total[:, columns] += s.middle
+        assert (s.middle % (coarse * spread * 2.0**-25) == 0).all()
+        assert (np.abs(s.middle) <= coarse / 2).all()
+    if s.tail is not None:
+        total[:, slice(None) if s.tail_columns is None else s.tail_columns] += s.tail
+        assert (np.abs(s.tail) <= coarse * spread * 2.0**-26).all()
+    assert twin.same_bits(total, x)
+    assert (np.linalg.norm(s.head / coarse, axis=1) <= 2.0**26 + math.sqrt(length)).all()
+
+
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_contract_of_any_float64(data):
@@ -176,17 +223,35 @@ def test_the_order_of_the_inner_axis_does_not_matter():
     assert not twin.same_bits(a @ b.T, a[:, order] @ b[:, order].T)
 
 
-@pytest.mark.parametrize("block", [1, 40, 300])
-@pytest.mark.parametrize(
-    "name", ["normal", "a batch", "any bits", "bfloat16", "cancellation", "sparse low bits"]
-)
+BLOCKED = ["normal", "a batch", "any bits", "bfloat16", "cancellation", "long rows of float32", "zero rows"]
+
+
+@pytest.mark.parametrize("block", [1, 40, 300, 12000])
+@pytest.mark.parametrize("name", BLOCKED)
 def test_blocking_does_not_matter(monkeypatch, name, block):
     a, b = DATA[name]
     want = contract(a, b)
+    monkeypatch.setattr(contraction, "SMALL", 0)
+    assert twin.same_bits(contract(a, b), want)
     monkeypatch.setattr(contraction, "BLOCK", block)
+    monkeypatch.setattr(slicing, "CHUNK", block)
     monkeypatch.setattr(summation, "CHUNK", block)
     assert twin.same_bits(contract(a, b), want)
     assert twin.same_bits(contract(prepare(a), prepare(b)), want)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_pieces_of_the_inner_axis_do_not_matter(monkeypatch, name):
+    a, b = DATA[name]
+    want = contract(a, b)
+    monkeypatch.setattr(contraction, "LONG", a.shape[-1] // 5 + 1)
+    assert twin.same_bits(contract(a, b), want)
+
+
+def test_rows_longer_than_a_piece():
+    a, b = normal(2, 17000), normal(2, 17000)
+    assert a.shape[1] > contraction.LONG
+    assert twin.same_bits(contract(a, b), twin.contract(a, b))
 
 
 @pytest.mark.parametrize("name", ["normal", "a batch", "any bits", "bfloat16", "overflow", "sparse low bits"])

@@ -1,0 +1,254 @@
+"""What a case computes: a component of the model, run in any arithmetic.  SPEC CASE-7.
+
+A program takes the case's inputs and weights and returns the named tensors in the order of computation:
+those that the layers save, then, when gradients are asked for, `grad.NAME` for every input and weight.  The
+same program gives the exact values, the error bounds and the noise, by changing the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from refimpl.checkpoint.weights import DictWeights
+from refimpl.config.choices import Choices
+from refimpl.config.model import ModelConfig
+from refimpl.layers import attention, embedding, experts, gate, head, linear, loss, mla, mlp, moe, norm, rope
+from refimpl.layers import block as block_layer
+from refimpl.layers.batch import Batch, allowed, positions
+from refimpl.layers.context import Context, tensors
+from refimpl.layers.ops import DEEPSEEK_V3
+from refimpl.model import Model
+from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
+from refimpl.numerics.gradients import Gradients
+
+Outputs = dict[str, Any]
+IDX = ".topk_idx"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A component with its data, in an arithmetic."""
+
+    ar: Arithmetic
+    config: ModelConfig
+    choices: Choices
+    path: str
+    backward: bool
+    arguments: Mapping[str, Any]
+    inputs: Mapping[str, Array]
+    weights: Mapping[str, Array]
+    routing: Mapping[str, Array]  # path of a gate -> topk_idx (T, K) that is forced
+
+    @cached_property
+    def context(self) -> Context:
+        ops = DEEPSEEK_V3
+        if self.routing:
+            ops = replace(ops, gate=gate.forced({path: (idx, None) for path, idx in self.routing.items()}))
+        return Context(self.ar, ops, _Given(self.ar, self.weights), self.config, self.choices, self.path)
+
+    def array(self, name: str) -> Array:
+        """An input as the arithmetic's array."""
+        return self.ar.array(self.inputs[name])
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Of x (B, S, ...): positions and segments as given, else counted, and one segment."""
+        size, length = self.inputs["x"].shape[:2]
+        segments = self.inputs.get("segment_ids", np.zeros((size, length), np.int64))
+        places = self.inputs.get("position_ids", positions(segments))
+        tables = rope.tables(self.ar, self.config, self.choices, places.reshape(-1))
+        return Batch(size, length, tables, allowed(segments))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Weights by checkpoint name, for one run."""
+
+    ar: Arithmetic
+    values: Mapping[str, Array]
+
+    def array(self, name: str) -> Array:
+        return self.ar.array(self.values[name])
+
+    def weight(self, name: str) -> Weight:
+        return self.ar.weight(self.values[name])
+
+
+def run(component: str, setting: Setting) -> Outputs:
+    """name -> tensor, in the order of computation."""
+    return PROGRAMS[component](setting)
+
+
+def _finish(s: Setting, y: Any, saved: Any, backward: Callable[[Any, Gradients], Any]) -> Outputs:
+    """The saved tensors with the output, and the gradients for the cotangent `dy` of the output."""
+    out: Outputs = {name: array for name, array, _ in tensors(saved, s.path)}
+    out.setdefault(s.path, y)
+    if s.backward:
+        grads = Gradients(s.ar)
+        dx = backward(s.array("dy").reshape(y.shape), grads)
+        out |= {f"grad.{name}": gradient for name, gradient in sorted(grads.reduce().items())}
+        if dx is not None:
+            out["grad.x"] = dx.reshape(s.inputs["x"].shape)
+    return out
+
+
+def _linear(s: Setting) -> Outputs:
+    c = s.context
+    y, saved = linear.forward(c, s.ar.operand(f"{c.leaf}.in", s.array("x")))
+    return _finish(s, y, saved, lambda dy, grads: linear.backward(c, dy, saved, grads))
+
+
+def _embedding(s: Setting) -> Outputs:
+    c = s.context
+    y, saved = embedding.forward(c, s.inputs["ids"])
+    return _finish(s, y, saved, lambda dy, grads: embedding.backward(c, dy, saved, grads))
+
+
+def _norm(s: Setting) -> Outputs:
+    c = s.context
+    y, saved = norm.forward(c, s.array("x"), s.arguments["eps"])
+    return _finish(s, y, saved, lambda dy, grads: norm.backward(c, dy, saved, grads))
+
+
+def _rope_tables(s: Setting) -> Outputs:
+    at = rope.tables(s.ar, s.config, s.choices, s.inputs["position_ids"])
+    frequencies = _constant(s.ar, rope.inverse_frequencies(s.config, s.choices))
+    scale = _constant(s.ar, np.array([rope.softmax_scale(s.config, s.choices)]))
+    parts = {"inv_freq": frequencies, "cos": at.cos[:, 0], "sin": at.sin[:, 0], "softmax_scale": scale}
+    return {f"{s.path}.{name}": value for name, value in parts.items()}
+
+
+def _constant(ar: Arithmetic, x: Array) -> Any:
+    """A constant that implementations compute in float32 with a power, a root or a logarithm: multiplied by
+    exact ones that have the errors of three elementary functions."""
+    one = ar.exp(ar.array(np.zeros_like(x)))
+    return ar.array(x) * one * one * one
+
+
+def _rope(s: Setting) -> Outputs:
+    c = s.context
+    at = rope.tables(s.ar, s.config, s.choices, s.inputs["position_ids"])
+    out: Outputs = {}
+    for name in ("q_pe", "k_pe"):
+        out[f"{s.path}.{name}"] = rope.forward(c, s.array(name), at)
+    if s.backward:
+        for name in ("q_pe", "k_pe"):
+            out[f"grad.{name}"] = rope.backward(c, s.array(f"d{name}"), at)
+    return out
+
+
+def _attention(s: Setting) -> Outputs:
+    c = s.context
+    query, key, value = (s.array(name) for name in ("query", "key", "value"))
+    scale = rope.softmax_scale(s.config, s.choices)
+    y, saved = attention.forward(c, query, key, value, scale, allowed(s.inputs["segment_ids"]))
+    out: Outputs = {name: array for name, array, _ in tensors(saved, s.path)}
+    out[f"{s.path}.heads"] = y
+    if s.backward:
+        parts = attention.backward(c, s.array("dy"), saved, scale)
+        out |= {f"grad.{name}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
+    return out
+
+
+def _mla(s: Setting) -> Outputs:
+    c, x = s.context, s.array("x")
+    y, saved = mla.forward(c, x.reshape(-1, x.shape[-1]), s.batch)
+    return _finish(s, y, saved, lambda dy, grads: mla.backward(c, dy, saved, s.batch, grads))
+
+
+def _mlp(s: Setting) -> Outputs:
+    c = s.context
+    y, saved = mlp.forward(c, s.ar.operand("mlp.in", s.array("x")))
+    return _finish(s, y, saved, lambda dy, grads: mlp.backward(c, dy, saved, grads))
+
+
+def _gate(s: Setting) -> Outputs:
+    c = s.context
+    _, weight, saved = c.ops.gate.forward(c, s.array("x"))
+    out = _finish(s, weight, saved, lambda dy, grads: gate.backward(c, dy, saved, grads))
+    out.pop(s.path, None)  # the weights again, under the path of the module
+    return out
+
+
+def _experts(s: Setting) -> Outputs:
+    c, idx = s.context, s.inputs["topk_idx"]
+    hidden = s.ar.operand("mlp.in", s.array("x"))
+    y, saved = experts.forward(c, hidden, idx, s.array("topk_weight"))
+    out = _finish(s, y, saved, lambda dy, grads: experts.backward(c, dy, saved, grads)[0])
+    if s.backward:
+        dy = s.array("dy").reshape(y.shape)
+        out["grad.topk_weight"] = experts.backward(c, dy, saved, Gradients(s.ar))[1]
+    return out
+
+
+def _moe(s: Setting) -> Outputs:
+    c = s.context
+    y, saved = moe.forward(c, s.array("x"))
+    return _finish(s, y, saved, lambda dy, grads: moe.backward(c, dy, saved, grads))
+
+
+def _block(s: Setting) -> Outputs:
+    c, x, dense = s.context, s.array("x"), not s.config.is_moe_layer(s.arguments["layer"])
+    y, saved = block_layer.forward(c, x.reshape(-1, x.shape[-1]), s.batch, dense)
+    return _finish(s, y, saved, lambda dy, grads: block_layer.backward(c, dy, saved, s.batch, dense, grads))
+
+
+def _head_loss(s: Setting) -> Outputs:
+    c, targets = s.context, s.inputs["targets"]
+    logits, saved = head.forward(c, s.array("x"))
+    count = int((targets != loss.IGNORED).sum())
+    value, loss_saved = loss.forward(c, logits, targets, count)
+    out: Outputs = {name: array for name, array, _ in (*tensors(saved, ""), *tensors(loss_saved, ""))}
+    out["loss"] = value.reshape(1)
+    if s.backward:
+        grads = Gradients(s.ar)
+        dlogits = loss.backward(c, 1.0, loss_saved)
+        dx = head.backward(c, dlogits, saved, grads)
+        out["grad.logits"] = dlogits
+        out |= {f"grad.{name}": gradient for name, gradient in sorted(grads.reduce().items())} | {
+            "grad.x": dx
+        }
+    return out
+
+
+def _model(s: Setting) -> Outputs:
+    model = Model(s.config, DictWeights(s.config, s.weights), s.ar, s.choices)
+    routing = {
+        int(path.split(".")[2]): idx.reshape(*s.inputs["input_ids"].shape, -1)
+        for path, idx in s.routing.items()
+    }
+    names = ("input_ids", "targets", "labels", "mask", "segment_ids", "position_ids")
+    given: dict[str, Any] = {name: s.inputs[name] for name in names if name in s.inputs}
+    result = model.forward(**given, routing=routing)
+    out: Outputs = dict(result.tensors)
+    out["logits"] = result.logits
+    if result.loss is not None:
+        out["loss"] = np.array([result.loss])
+    if s.backward:
+        cotangents = {n.removeprefix("d."): v for n, v in s.inputs.items() if n.startswith("d.")}
+        gradients = model.backward(result, cotangents=cotangents or None)
+        out |= {f"grad.{name}": gradients[name] for name in gradients}
+    return out
+
+
+PROGRAMS: dict[str, Callable[[Setting], Outputs]] = {
+    "linear": _linear,
+    "embedding": _embedding,
+    "norm": _norm,
+    "rope_tables": _rope_tables,
+    "rope": _rope,
+    "attention": _attention,
+    "mla": _mla,
+    "mlp": _mlp,
+    "gate": _gate,
+    "experts": _experts,
+    "moe": _moe,
+    "block": _block,
+    "head_loss": _head_loss,
+    "model": _model,
+}

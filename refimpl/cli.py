@@ -1,0 +1,188 @@
+"""The command line: parses and prints.  SPEC VERDICT-10.
+
+Exit status 0 it holds, 1 it does not, 2 it could not be tried, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from refimpl import __version__
+from refimpl.cases import format
+from refimpl.cases.generate import definitions, generate
+from refimpl.cases.suites import SUITES
+from refimpl.cases.verify import verify
+from refimpl.checkpoint.atomic import write_bytes
+from refimpl.errors import Error, Invalid
+from refimpl.validate import report
+from refimpl.validate.verdict import check
+
+HOLDS, FAILS, UNTRIED, INTERRUPTED = 0, 1, 2, 130
+COMMITTED = "golden"  # where a clone has its vectors
+GENERATED = "build/golden"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        given = _parser().parse_args(arguments)
+        status: int = given.run(given)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output has gone, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return HOLDS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Error as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        return UNTRIED
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"refimpl: {what}{error.strerror or error}", file=sys.stderr)
+        return UNTRIED
+    except MemoryError:
+        print("refimpl: there is not enough memory for this", file=sys.stderr)
+        return UNTRIED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="refimpl",
+        description="The executable specification of DeepSeek-V3: golden vectors and verdicts.",
+    )
+    parser.add_argument("--version", action="version", version=f"refimpl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    golden = commands.add_parser("golden", help="generate, verify and list golden cases")
+    _golden(golden.add_subparsers(required=True, metavar="COMMAND"))
+    checking = commands.add_parser("check", help="judge one output of an implementation")
+    checking.add_argument("case", metavar="CASE", type=Path, help="folder of a golden case")
+    checking.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="safetensors file that the implementation wrote"
+    )
+    checking.add_argument(
+        "--as",
+        dest="claim",
+        metavar="PRECISION",
+        help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered",
+    )
+    checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
+    checking.set_defaults(run=_check)
+    return parser
+
+
+def _golden(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    making = commands.add_parser("generate", help="compute and write the cases of suites")
+    making.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    making.add_argument(
+        "--out", type=Path, default=Path(GENERATED), metavar="DIR", help=f"default: {GENERATED}"
+    )
+    making.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="processes; default: 1")
+    making.add_argument(
+        "--compact",
+        action="store_true",
+        help="as they are committed: samples of large outputs, no generated inputs",
+    )
+    making.set_defaults(run=_generate)
+    verifying = commands.add_parser(
+        "verify", help="compute all cases of a folder anew and compare bit for bit"
+    )
+    verifying.add_argument("folder", nargs="?", type=Path, metavar="DIR", help=f"default: {COMMITTED}")
+    verifying.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="processes; default: 1")
+    verifying.set_defaults(run=_verify)
+    listing = commands.add_parser("list", help="show the cases of a folder")
+    listing.add_argument("folder", nargs="?", type=Path, metavar="DIR", help=f"default: {COMMITTED}")
+    listing.set_defaults(run=_list)
+
+
+def _generate(given: argparse.Namespace) -> int:
+    total = len(definitions(given.suites))
+    with _progress(total, "generating") as done:
+        count = generate(given.suites, given.out, whole=not given.compact, jobs=given.jobs, done=done)
+    print(f"{count} cases written to {given.out}")
+    return HOLDS
+
+
+def _verify(given: argparse.Namespace) -> int:
+    folder = _folder(given.folder)
+    with _progress(len(format.cases(folder)), "verifying") as done:
+        count, differences = verify(folder, jobs=given.jobs, done=done)
+    for difference in differences:
+        print(f"{difference.case}: {difference.what}")
+    broken = len({difference.case for difference in differences})
+    print(
+        f"{count} cases computed anew, {broken} different"
+        if broken
+        else f"{count} cases computed anew, all the same"
+    )
+    return FAILS if differences else HOLDS
+
+
+def _list(given: argparse.Namespace) -> int:
+    folder = _folder(given.folder)
+    rows = []
+    for path in format.cases(folder):
+        case = format.read(path)
+        claims = ", ".join(case.claims) or "must be refused"
+        rows.append((case.id, case.kind, claims, len(case.outputs), case.title))
+    print(
+        tabulate(
+            rows, ("case", "kind", "claims", "outputs", "title"), maxcolwidths=[None, None, None, None, 70]
+        )
+    )
+    print(f"{len(rows)} cases")
+    return HOLDS
+
+
+def _check(given: argparse.Namespace) -> int:
+    verdict = check(given.case, given.output, given.claim)
+    if given.json == "-":
+        print(report.to_json(verdict), end="")
+        return HOLDS if verdict.holds else FAILS
+    if given.json:
+        write_bytes(given.json, report.to_json(verdict).encode())
+    print(report.text(verdict))
+    return HOLDS if verdict.holds else FAILS
+
+
+def _folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if Path(COMMITTED).is_dir():
+        return Path(COMMITTED)
+    raise Invalid(f"there is no folder {COMMITTED} here; the folder of cases has to be named.")
+
+
+def _jobs(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if not 1 <= count <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes from 1 on")
+    return count
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, after two seconds and only where it is a terminal."""
+    with tqdm(total=total, desc=what, delay=2, disable=None, file=sys.stderr, leave=False) as bar:
+        start = time.monotonic()
+
+        def done(id: str) -> None:
+            if time.monotonic() - start > 2:
+                bar.set_postfix_str(id, refresh=False)
+            bar.update()
+
+        yield done
+
+
+if __name__ == "__main__":
+    sys.exit(main())

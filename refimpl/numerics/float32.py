@@ -36,8 +36,8 @@ def fma(a: Single, b: Single, c: Single) -> Single:
     (Boldo and Melquiond 2008).
     """
     with np.errstate(all="ignore"):
-        product = np.multiply(a, b, dtype=np.float64)
-        total = np.atleast_1d(product + c)
+        product = a.astype(np.float64) * b.astype(np.float64)
+        total = np.asarray(product + c.astype(np.float64))
         doubtful = (total.view(np.int64) & _BELOW) == _HALF
         doubtful |= np.abs(total) < 2.0**-126
         if doubtful.any():
@@ -45,7 +45,7 @@ def fma(a: Single, b: Single, c: Single) -> Single:
             total[doubtful] = _sum_to_odd(
                 np.broadcast_to(product, shape)[doubtful], np.broadcast_to(c, shape)[doubtful]
             )
-        return total.astype(np.float32).reshape(np.shape(product + c))
+        return total.astype(np.float32)
 
 
 def _sum_to_odd(x: NDArray[np.float64], y: Single) -> NDArray[np.float64]:

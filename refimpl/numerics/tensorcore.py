@@ -171,7 +171,8 @@ def _step(products: NDArray[Any], power: Array, c: Array, unit: Unit) -> Array:
     scale = field.view(np.float64)  # 2^(fraction - Emax): the addends become integers and a rest
     # Where all products are zero the scale may be more than float32 holds, where c is infinite less; neither
     # may make NaN of the products.
-    products *= np.clip(scale, *unit.scales).astype(unit.carrier)
+    least, most = unit.scales
+    products *= np.maximum(np.minimum(scale, most), least).astype(unit.carrier)
     np.trunc(products, out=products)
     d = c * scale
     np.trunc(d, out=d)

@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refimpl.cases.claims import CLAIMS
 from refimpl.checkpoint.dtypes import DTYPES
 from refimpl.config.choices import CHOICES, PROFILES, Choice, Choices
@@ -15,8 +17,11 @@ from refimpl.config.model import FAMILY_DEFAULTS, ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.rules import show
 from refimpl.config.training import TrainingConfig
+from refimpl.numerics.blockscale import ACTIVATION, QUANTISERS, Quantiser, quantise
+from refimpl.numerics.casts import CASTS
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.recipe import RECIPES, SITES
+from refimpl.numerics.tensorcore import HMMA, QGMMA, Unit
 
 SPEC = Path(__file__).parent.parent / "SPEC.md"
 BLOCK = re.compile(r"(?<=^<!-- table: )([a-z0-9 ]+)( -->\n)(.*?)(?=^<!-- end -->$)", re.M | re.S)
@@ -118,25 +123,93 @@ def recipe(name: str) -> str:
 
 
 def formats() -> str:
-    head = ("format", "exponent bits", "fraction bits", "smallest exponent", "largest", "overflow", "NaN")
+    head = ("format", "kind", "bits", "exponent", "fraction", "smallest exponent", "largest", "overflow", "NaN")
     rows = (
         (
             f"`{f.name}`",
-            *map(str, (f.exponent_bits, f.fraction_bits, f.smallest_exponent)),
-            *(_code(f.largest.hex()), _code(f.overflow), _code(hex(f.nan))),
+            f.kind,
+            *map(str, (f.bits, f.exponent_bits, f.fraction_bits, f.smallest_exponent)),
+            *(_code(_short(f.largest)), _code(f.overflow), _code(hex(f.nan))),
         )
         for f in FORMATS.values()
     )
     return _rows(head, *rows)
 
 
+def _short(x: float) -> str:
+    return f"{x:g}" if x < 2.0**17 else re.sub(r"\.?0+p", "p", x.hex())
+
+
 def dtypes() -> str:
     def row(name: str) -> tuple[str, ...]:
         dtype = DTYPES[name]
-        decoded = "no" if dtype.decode is None else "to float32" if name == "BF16" else "as it is"
-        return f"`{name}`", str(dtype.codes.itemsize), decoded
+        narrow = name == "BF16" or name.startswith("F8_")
+        return f"`{name}`", str(dtype.codes.itemsize), "to float32" if narrow else "as it is"
 
     return _rows(("type", "bytes", "decoded"), *map(row, DTYPES))
+
+
+def casts() -> str:
+    def row(c: Any) -> tuple[str, ...]:
+        codes = (f"`{code:#x}`" for code in (c.overflow, c.infinity, c.nan))
+        sign = "kept" if c.nan_sign else "dropped"
+        return f"`{c.behaviour}`", f"`{c.format}`", *codes, sign, f"`{c.widened_nan:#x}`"
+
+    head = ("behaviour", "format", "finite overflow", "infinity", "NaN", "sign of a NaN", "NaN widened")
+    return _rows(head, *map(row, CASTS.values()))
+
+
+SCALES = {"divide": "RN(a / top)", "inverse": "RN(a RN(1 / top))"}
+POWERS = {"": "", "bits": "up, by bits", "clamped": "up, by bits, clamped", "log2": "2^ceil(log2f s)"}
+QUOTIENTS = {"divide": "RN(x / s)", "inverse": "RN(x RN(1 / s))", "div.full": "x / s of RCP-2"}
+
+
+def quantisers() -> str:
+    def row(q: Quantiser) -> tuple[str, ...]:
+        a = "amax" if q.floor is None else f"max(amax, {q.floor:g})"
+        quotient = QUOTIENTS[q.quotient] + (", then clamp" if q.clamp else "")
+        steps = (a, q.nan, SCALES[q.scale], POWERS[q.power], quotient, f"`{q.cast}`")
+        return f"`{q.name}`", "x".join(map(str, q.tile)), *steps, q.source
+
+    head = ("recipe", "tile", "a", "NaN", "s", "power of two", "q", "cast", "whose")
+    return _rows(head, *map(row, QUANTISERS.values()))
+
+
+def edges() -> str:
+    """Scale, then the codes of the first two elements, of tiles with an edge."""
+    tiles = np.zeros((4, 128), np.float32)
+    tiles[1:, 1] = 1.0
+    tiles[0, 1] = -0.0
+    tiles[1, 0], tiles[2, 0], tiles[3] = np.nan, np.inf, np.nan
+
+    def row(name: str) -> tuple[str, ...]:
+        made = quantise(tiles, name, ACTIVATION)
+        shown = (
+            f"`{_single(scale)}`: `{first:02x}` `{second:02x}`"
+            for scale, first, second in zip(made.scales[:, 0], made.codes[:, 0], made.codes[:, 1], strict=True)
+        )
+        return f"`{name}`", *shown
+
+    return _rows(("recipe", "0, -0", "NaN, 1", "inf, 1", "NaN only"), *map(row, QUANTISERS))
+
+
+def _single(x: np.float32) -> str:
+    power = np.isfinite(x) and x > 0 and np.frexp(x)[0] == 0.5
+    return f"2^{int(np.frexp(x)[1]) - 1}" if power else f"{float(x):.9g}"
+
+
+def units() -> str:
+    def row(name: str, instructions: str, formats: str, unit: Unit) -> tuple[str, ...]:
+        lowest = "none" if unit.lowest >= -126 else str(unit.lowest)
+        numbers = map(str, (unit.products, unit.fraction, unit.kept))
+        return name, instructions, formats, *numbers, lowest
+
+    head = ("unit", "instructions", "operands", "products", "fraction", "kept", "lowest")
+    return _rows(
+        head,
+        row("QGMMA", "`wgmma` m64nNk32", "E4M3 and E5M2 in any mix", QGMMA),
+        row("HGMMA, HMMA", "`wgmma` m64nNk16, `mma.sync` m16n8k16", "BF16 or FP16", HMMA),
+    )
 
 
 def claims() -> str:
@@ -157,6 +230,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "sites": sites,
     "recipe bf16": lambda: recipe("bf16"),
     "formats": formats,
+    "casts": casts,
+    "quantisers": quantisers,
+    "edges": edges,
+    "units": units,
     "dtypes": dtypes,
     "claims": claims,
 }

@@ -123,7 +123,8 @@ def recipe(name: str) -> str:
 
 
 def formats() -> str:
-    head = ("format", "kind", "bits", "exponent", "fraction", "smallest exponent", "largest", "overflow", "NaN")
+    bits = ("bits", "of exponent", "of fraction")
+    head = ("format", "kind", *bits, "smallest exponent", "largest", "overflow", "NaN")
     rows = (
         (
             f"`{f.name}`",
@@ -184,10 +185,8 @@ def edges() -> str:
 
     def row(name: str) -> tuple[str, ...]:
         made = quantise(tiles, name, ACTIVATION)
-        shown = (
-            f"`{_single(scale)}`: `{first:02x}` `{second:02x}`"
-            for scale, first, second in zip(made.scales[:, 0], made.codes[:, 0], made.codes[:, 1], strict=True)
-        )
+        pairs = zip(made.scales[:, 0], made.codes[:, :2], strict=True)
+        shown = (f"`{_single(s)}`: `{codes[0]:02x}` `{codes[1]:02x}`" for s, codes in pairs)
         return f"`{name}`", *shown
 
     return _rows(("recipe", "0, -0", "NaN, 1", "inf, 1", "NaN only"), *map(row, QUANTISERS))

@@ -17,6 +17,9 @@ import support
 import refimpl
 from refimpl.cases import judge, tolerances
 from refimpl.numerics.arithmetic import Floating, Operand
+from refimpl.numerics.blockscale import QUANTISERS
+from refimpl.numerics.casts import CASTS
+from refimpl.numerics.gemm import KERNELS, NAMES
 from refimpl.numerics.recipe import SITES
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +239,22 @@ def test_every_rule_of_a_recipe_decides_some_site(name: str) -> None:
     rules = spec_tables.RECIPES[name].rules
     first = {next(rule.site for rule in rules if fnmatchcase(site, rule.site)) for site in crossed()}
     assert first == {rule.site for rule in rules}
+
+
+def test_every_kernel_of_a_block_scaled_product_is_specified() -> None:
+    text = clauses()
+    assert re.findall(r"^\| `(\w+)`", text["GEMM-1"], re.M) == sorted(KERNELS, key=text["GEMM-1"].find), (
+        "a row for every kernel"
+    )
+    for name in NAMES:
+        assert f"`{name}`" in text["GEMM-1"] + text["GEMM-2"] + text["GEMM-3"]
+
+
+def test_evidence_of_casts_and_floors_is_that_of_the_code() -> None:
+    assert {row.evidence for row in CASTS.values()} == {"recorded"}  # as CAST-1 says of all rows
+    assert [row.name for row in QUANTISERS.values() if row.floor is None] == [
+        "noclamp"
+    ]  # SCALE-1: one has none
 
 
 def test_constants_of_verdicts_are_those_of_the_code() -> None:

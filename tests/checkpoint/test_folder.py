@@ -5,6 +5,7 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - without it NumPy has no bfloat16 for the library
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,7 +15,10 @@ from refimpl.config import preset
 from refimpl.errors import Invalid, Missing, Unreadable
 
 MODELS = Path(__file__).parent.parent / "recordings" / "models"
-RECORDINGS = sorted(path.parent for path in MODELS.glob("*/model.safetensors"))
+# the library has no FP8 for NumPy; test_fp8 reads that recording
+RECORDINGS = sorted(
+    path.parent for path in MODELS.glob("*/model.safetensors") if path.parent.name != "H01_fp8"
+)
 CONFIG = preset("tiny-v3-noq")
 VIRTUAL = VirtualWeights(CONFIG, seed=5)
 STORED = {name: Stored(VIRTUAL.dtype(name), VIRTUAL.shape(name), VIRTUAL.codes(name)) for name in VIRTUAL}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refimpl.cases import certificate, decisions, format, programs, tolerances
+from refimpl.cases import bits, certificate, decisions, format, programs, tolerances
+from refimpl.cases.bits import Bits
 from refimpl.cases.claims import CLAIMS
 from refimpl.cases.definition import Definition, Given
 from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
@@ -19,6 +20,7 @@ from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Arithmetic, Array, Exact
 
+AnyDefinition = Definition | Bits
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
 NETWORKS = ("model",)  # judged by the noise floor: bounds of whole networks say nothing
 
@@ -41,8 +43,10 @@ class Built:
     extras: Mapping[str, Array]
 
 
-def build(definition: Definition) -> Built:
+def build(definition: AnyDefinition) -> Built:
     """Compute everything.  Raises Invalid for a definition that makes no good case."""
+    if isinstance(definition, Bits):
+        return Built(*bits.made(definition), extras={})
     definition = _with_routing(definition)
     given, tensors = _given(definition)
     case = _case(definition, tensors)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from refimpl.errors import Invalid, Unsupported
 
+BITS: Final = "bits"  # the claim of cases of that kind: no roundoff, the bits themselves
 PARTS: Final = ("storage", "product", "accumulate")
 
 

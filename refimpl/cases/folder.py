@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,14 +22,27 @@ from refimpl.cases import format
 from refimpl.cases.format import EXPECTED, INPUTS, Case, Tensor
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.atomic import write_bytes
-from refimpl.checkpoint.dtypes import Stored
+from refimpl.checkpoint.dtypes import DTYPES, Stored
 from refimpl.errors import Unreadable
 from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.formats import BF16, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FP16, FP32, UE8M0, encode
 
 WHOLE = 1 << 14  # elements of all generated inputs, or all generated weights, up to which they are committed
 SAMPLES = 128  # elements that are kept of an output
 KEPT_OUTPUT = 256  # elements of an output up to which it is kept whole
+KEPT_BITS = 512  # the same where bits are compared
+
+FORMAT_OF = {  # the number formats that a safetensors file names
+    "F32": FP32,
+    "BF16": BF16,
+    "F16": FP16,
+    "F8_E4M3": E4M3,
+    "F8_E5M2": E5M2,
+    "F8_E4M3FNUZ": E4M3FNUZ,
+    "F8_E5M2FNUZ": E5M2FNUZ,
+    "F8_E8M0": UE8M0,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,20 @@ class Folder:
             raise Unreadable(f"{self.path}: tensor {t.name} has another SHA-256 than case.json says.")
         return array.astype(np.float64) if t.dtype in ("BF16", "F32") else array
 
+    def given_codes(self, t: Tensor) -> Array:
+        """An input of a case of kind bits as codes.  Raises Unreadable."""
+        if t.name in self.inputs:
+            codes = codes_in(self.inputs, t.name)
+        elif t.generator is not None:
+            codes = generated_codes(t.shape, t.generator, t.dtype)
+        else:
+            raise Unreadable(
+                f"{self.path}: input {t.name} is in no file and has no generator; one is required."
+            )
+        if codes.shape != t.shape or format.digest(codes, t.dtype) != t.sha256:
+            raise Unreadable(f"{self.path}: input {t.name} is not the tensor that case.json describes.")
+        return codes
+
     def _find(self, t: Tensor) -> Array:
         if t.name in self.inputs:
             return self.inputs[t.name]
@@ -81,8 +108,15 @@ class Folder:
     def judged(self, t: Tensor) -> tuple[Array, Array | None]:
         """(elements, their flat positions or None for all of them) of an expected output, flat.  Raises
         Unreadable."""
+        return self._judged(t, lambda name: self.expected[name])
+
+    def judged_codes(self, t: Tensor) -> tuple[Array, Array | None]:
+        """The same as codes: unsigned integers, or integers of an integer type.  Raises Unreadable."""
+        return self._judged(t, lambda name: codes_in(self.expected, name))
+
+    def _judged(self, t: Tensor, read: Callable[[str], Array]) -> tuple[Array, Array | None]:
         if t.name in self.expected:
-            whole = self.expected[t.name]
+            whole = read(t.name)
             if whole.shape != t.shape or format.digest(whole, t.dtype) != t.sha256:
                 raise Unreadable(
                     f"{self.path}: expected {t.name} is not the tensor that case.json describes."
@@ -93,7 +127,7 @@ class Folder:
             raise Unreadable(
                 f"{self.path / EXPECTED} has no tensor {t.name}, but it must have it or its samples."
             )
-        values, at = self.expected[some], self.expected[index]
+        values, at = read(some), self.expected[index]
         fits = values.ndim == 1 and values.shape == at.shape and at.dtype.kind == "i" and at.size > 0
         if not fits or at.min() < 0 or at.max() >= t.size:
             raise Unreadable(f"{self.path / EXPECTED}: samples of {t.name} do not fit its shape {t.shape}.")
@@ -111,6 +145,9 @@ class Folder:
 
 def generated(shape: tuple[int, ...], how: Mapping[str, Any]) -> Array:
     """The tensor that a `generator` of case.json describes."""
+    lacking = {"seed", "stream", "key", "high" if "low" in how else "scale"} - how.keys()
+    if lacking:
+        raise Unreadable(f"a generator has no {min(lacking)}, but it must have it.")
     seed, stream = how["seed"], how["stream"]
     if generator.tensor_key(seed, stream).hex() != how["key"]:
         raise Unreadable(
@@ -121,6 +158,34 @@ def generated(shape: tuple[int, ...], how: Mapping[str, Any]) -> Array:
         return drawn * float(how["scale"]) if "scale" in how else drawn
     values = generator.tensor(seed, stream, shape, how["scale"], how.get("fields", 1), how.get("offset", 0.0))
     return values.astype(np.float32).astype(np.float64) if how.get("round") == "F32" else values
+
+
+def codes_in(file: Mapping[str, Array], name: str) -> Array:
+    """A stored tensor as codes: floating-point types as unsigned integers of their width."""
+    assert isinstance(file, safetensors.TensorFile)
+    return as_codes(file.codes(name))
+
+
+def as_codes(array: Array) -> Array:
+    """The bits of floating-point numbers; integers as they are."""
+    return array.view(f"<u{array.dtype.itemsize}") if array.dtype.kind == "f" else array
+
+
+def generated_codes(shape: tuple[int, ...], how: Mapping[str, Any], dtype: str) -> Array:
+    """The codes that a `generator` of case.json describes: integers without a scale are codes themselves,
+    values are rounded to nearest."""
+    kind = DTYPES[dtype].codes
+    unsigned = np.dtype(f"<u{kind.itemsize}")
+    if "first" in how:
+        return np.arange(how["first"], how["first"] + int(np.prod(shape)), dtype=unsigned).reshape(shape)
+    if "exponents" in how:
+        signs = np.array([0, 1 << 31], np.uint32)[:, None, None]
+        exponents = np.array(how["exponents"], np.uint32)[:, None] << np.uint32(23)
+        return (signs | exponents | np.array(how["fractions"], np.uint32)).reshape(shape)
+    if "low" in how and "scale" not in how:
+        drawn = generated(shape, how)
+        return drawn.astype(kind if kind.kind == "i" else unsigned)
+    return encode(generated(shape, how), FORMAT_OF[dtype])
 
 
 def sample_positions(name: str, size: int) -> Array:

@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from refimpl.cases import schema
-from refimpl.checkpoint.dtypes import bf16_codes
+from refimpl.checkpoint.dtypes import DTYPES, bf16_codes
 from refimpl.config.jsonfile import read_object
 from refimpl.errors import Invalid, Unreadable
 from refimpl.numerics.arithmetic import Array
@@ -40,7 +40,7 @@ FORMAT: Final = 1
 LIMIT: Final = 4 << 20  # bytes of a case.json
 CASE, INPUTS, EXPECTED = "case.json", "inputs.safetensors", "expected.safetensors"
 INPUT, WEIGHT, REQUIRED, PROBE = "input", "weight", "required", "probe"
-_KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "BOOL": "?"}
+_KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Tensor:
     unjudged: tuple[str, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
     margins: tuple[float, float] | None = None
+    any_nan: int | None = None
+    instead_of: str | None = None
     extras: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ class Case:
     twin: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     tolerance: Mapping[str, Any] | None = None
+    fingerprint: Mapping[str, Any] | None = None
 
     def tensor(self, name: str) -> Tensor:
         return next(t for t in self.tensors if t.name == name)
@@ -122,9 +125,19 @@ class Case:
             "backward",
             "config",
         )
-        order = (*head, "choices", "arguments", "twin", "flags", "claims", "refused", "tolerance", "tensors")
+        order = (
+            *head,
+            "choices",
+            "arguments",
+            "twin",
+            "flags",
+            "claims",
+            "refused",
+            "tolerance",
+            "fingerprint",
+        )
         value: dict[str, Any] = {"format": FORMAT}
-        for name in (*order, "certificate"):
+        for name in (*order, "tensors", "certificate"):
             given = getattr(self, name)
             if given is None or (name in ("path", "arguments", "refused") and not given):
                 continue
@@ -174,7 +187,15 @@ def digest(array: Array, dtype: str) -> str:
 
 
 def encode(array: Array, dtype: str) -> Array:
-    """The array as it is stored.  Raises Invalid for values that dtype has not."""
+    """The array as it is stored: values, or unsigned integers, which are codes of dtype as they are.
+
+    Raises Invalid for values that dtype has not.
+    """
+    codes = DTYPES[dtype].codes
+    if array.dtype.kind == "u" and dtype != "I64":
+        if array.dtype.itemsize != codes.itemsize:
+            raise Invalid(f"codes of {dtype} are {array.dtype}, but they must have {codes.itemsize} bytes.")
+        return array.astype(array.dtype.newbyteorder("<"), copy=False).view(codes)
     if dtype == "BF16":
         return bf16_codes(np.asarray(array)).astype("<u2", copy=False)
     coded = np.asarray(array).astype(_KINDS[dtype])
@@ -243,5 +264,24 @@ def _check(case: Case, what: str) -> None:
         raise Unreadable(
             f"{what}: kind {case.kind} has outcome {case.outcome}, but reject must go with reject."
         )
+    if case.fingerprint is not None:
+        _check_fingerprint(case, what)
     if case.outcome == "reject" and case.outputs:
         raise Unreadable(f"{what}: a reject case has outputs, but it must have inputs only.")
+
+
+def _check_fingerprint(case: Case, what: str) -> None:
+    assert case.fingerprint is not None
+    names, positions = {t.name for t in case.outputs}, case.fingerprint["positions"]
+    for alternative in case.fingerprint["alternatives"]:
+        counts = {name: len(bits) for name, bits in alternative["bits"].items()}
+        if alternative["sha256"].keys() != names or counts != {n: len(at) for n, at in positions.items()}:
+            raise Unreadable(
+                f"{what}: alternative {alternative['name']} must have a digest of every output, and bits at "
+                f"every position."
+            )
+    for t in case.outputs:
+        if t.name not in positions or any(at >= t.size for at in positions[t.name]):
+            raise Unreadable(
+                f"{what}: positions must be given for {t.name}, and lie in its {t.size} elements."
+            )

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from refimpl.cases import folder
-from refimpl.cases.build import Built, build
-from refimpl.cases.definition import Definition
+from refimpl.cases.build import AnyDefinition, Built, build
 from refimpl.cases.format import WEIGHT
 from refimpl.cases.suites import SUITES, definition, suite
 from refimpl.numerics import threads
@@ -20,7 +19,7 @@ from refimpl.numerics import threads
 Out = TypeVar("Out")
 
 
-def definitions(suites: Iterable[str] = ()) -> list[Definition]:
+def definitions(suites: Iterable[str] = ()) -> list[AnyDefinition]:
     """The cases of the named suites, of all by default.  Raises Invalid."""
     return [case for name in tuple(suites) or SUITES for case in suite(name)]
 

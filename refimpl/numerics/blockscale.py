@@ -116,12 +116,14 @@ def quantiser(name: str) -> Quantiser:
     return QUANTISERS[name]
 
 
-def quantise(x: ArrayLike, recipe: str, tile: Tile | None = None, fmt: Format = E4M3) -> Quantised:
+def quantise(
+    x: ArrayLike, recipe: str | Quantiser, tile: Tile | None = None, fmt: Format = E4M3
+) -> Quantised:
     """x (R, C) of floats, taken as float32  ->  codes and scales.  SPEC SCALE-1 to SCALE-4.
 
-    tile: by default that of the recipe.  Raises Invalid.
+    recipe: a name of the table, or a row of one's own; tile: by default that of the recipe.  Raises Invalid.
     """
-    row = quantiser(recipe)
+    row = recipe if isinstance(recipe, Quantiser) else quantiser(recipe)
     tile = row.tile if tile is None else tile
     given = np.asarray(x)
     if given.ndim != 2 or given.dtype.kind != "f":

@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module
 from typing import Final
 
+from refimpl.cases.bits import Bits
 from refimpl.cases.definition import Definition
 from refimpl.errors import Invalid
 
@@ -24,19 +25,25 @@ SUITES: Final[tuple[str, ...]] = (
     "head",
     "model",
     "reject",
+    "formats",
+    "casts",
+    "quantise",
+    "tensorcore",
+    "gemm",
+    "fingerprint",
 )
 
 
 @cache
-def suite(name: str) -> tuple[Definition, ...]:
+def suite(name: str) -> tuple[Definition | Bits, ...]:
     """The cases of a suite.  Raises Invalid for another name."""
     if name not in SUITES:
         raise Invalid(f"suite {name[:60]!r} is unknown; {', '.join(SUITES)} are required.")
-    cases: tuple[Definition, ...] = import_module(f"refimpl.cases.suites.{name}").CASES
+    cases: tuple[Definition | Bits, ...] = import_module(f"refimpl.cases.suites.{name}").CASES
     return cases
 
 
-def definition(id: str) -> Definition:
+def definition(id: str) -> Definition | Bits:
     """The case of that id.  Raises Invalid for another one."""
     name = id.partition("/")[0]
     for case in suite(name):

@@ -7,8 +7,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from refimpl.cases.claims import BITS
 from refimpl.cases.format import pretty
-from refimpl.validate.verdict import MISSING, OFF, TensorVerdict, Verdict
+from refimpl.validate.tensor import MISSING, OFF, TensorVerdict
+from refimpl.validate.verdict import Verdict
 
 COLUMNS = (
     "tensor",
@@ -31,9 +33,12 @@ def text(verdict: Verdict) -> str:
     if not verdict.claim:
         return f"{verdict.case}: held, no output was written; {verdict.notes[0]}"
     lines = [f"{verdict.case} as {verdict.claim}: {verdict.title}", ""]
-    rows = [_row(t) for t in verdict.tensors if t.verdict != MISSING]
-    if rows:
-        lines += [tabulate(rows, HEADERS, disable_numparse=True), ""]
+    judged = [t for t in verdict.tensors if t.verdict != MISSING]
+    measured = any(t.distance is not None for t in judged)
+    if measured:
+        lines += [tabulate([_row(t) for t in judged], HEADERS, disable_numparse=True), ""]
+    elif verdict.claim == BITS:
+        lines += [f"{t.name}: {t.verdict}" for t in judged if not t.note]
     lines += [f"{t.name}: missing, it is required" for t in verdict.tensors if t.bad and t.verdict == MISSING]
     lines += [f"{t.name}: {t.verdict}, {t.note}" for t in verdict.tensors if t.note]
     lines += [_left_out(t) for t in verdict.tensors if t.undecided and t.distance is not None]
@@ -43,6 +48,8 @@ def text(verdict: Verdict) -> str:
     if verdict.surplus:
         lines.append(f"surplus tensors, not judged: {_listed(list(verdict.surplus))}")
     first = verdict.first_off
+    if verdict.arithmetic is not None:
+        lines.append(f"Arithmetic: {' or '.join(verdict.arithmetic) or 'none of the listed'}")
     if first is None:
         lines.append("It holds.")
     else:
@@ -63,6 +70,7 @@ def to_json(verdict: Verdict) -> str:
         "first_off": None if first is None else first.name,
         "tensors": [_tensor_json(t) for t in verdict.tensors],
         "surplus": list(verdict.surplus),
+        "arithmetic": None if verdict.arithmetic is None else list(verdict.arithmetic),
         "notes": list(verdict.notes),
     }
     return pretty(value) + "\n"

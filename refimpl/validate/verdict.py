@@ -13,36 +13,19 @@ from typing import Final
 
 import numpy as np
 
-from refimpl.cases.claims import Claim, claim
+from refimpl.cases.claims import BITS, Claim, claim
 from refimpl.cases.folder import Folder
-from refimpl.cases.format import REQUIRED, Tensor
-from refimpl.cases.judge import Distance
+from refimpl.cases.format import Tensor
 from refimpl.cases.judging import judge, judge_set
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.errors import Error, Invalid, Unreadable
 from refimpl.numerics.arithmetic import Array
+from refimpl.validate import bits
+from refimpl.validate.tensor import HOLDS, MALFORMED, MISSING, OFF, OPEN, TensorVerdict
 
-HOLDS, OFF, MISSING, MALFORMED, OPEN = "holds", "off", "missing", "malformed", "not judged"
 FLOATS: Final = frozenset({"F64", "F32", "BF16", "F16"})
 INTEGERS: Final = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
-
-
-@dataclass(frozen=True)
-class TensorVerdict:
-    """The verdict on one tensor; `at` is the index of the worst element."""
-
-    name: str
-    role: str
-    verdict: str
-    note: str = ""
-    at: tuple[int, ...] = ()
-    distance: Distance | None = None
-    undecided: int = 0
-
-    @property
-    def bad(self) -> bool:
-        return self.verdict in (OFF, MALFORMED) or (self.verdict == MISSING and self.role == REQUIRED)
 
 
 @dataclass(frozen=True)
@@ -56,6 +39,7 @@ class Verdict:
     surplus: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     refused: bool = False  # a reject case whose output is there
+    arithmetic: tuple[str, ...] | None = None  # of a fingerprint: the alternatives that have these bits
 
     @property
     def holds(self) -> bool:
@@ -76,6 +60,8 @@ def check(case: str | Path, output: str | Path, precision: str | None = None) ->
     folder = Folder.open(case)
     if folder.case.outcome == "reject":
         return _refusal(folder, Path(output))
+    if folder.case.kind == "bits":
+        return _bits(folder, Path(output), precision)
     claimed = _claim(folder, precision)
     given = safetensors.open_file(output)
     theirs = _Output(folder, given)
@@ -92,6 +78,19 @@ def _refusal(folder: Folder, output: Path) -> Verdict:
     why = folder.case.reason or ""
     notes = (f"the input is invalid and must be refused: {why}",)
     return Verdict(folder.case.id, folder.case.title, "", (), (), notes, refused=made)
+
+
+def _bits(folder: Folder, output: Path, precision: str | None) -> Verdict:
+    """Cases of kind bits know no precision."""
+    if precision not in (None, BITS):
+        raise Invalid(
+            f"case {folder.case.id} compares bits, but {precision} was claimed; {BITS} is required."
+        )
+    judged = bits.judge(folder, safetensors.open_file(output))
+    case = folder.case
+    return Verdict(
+        case.id, case.title, BITS, judged.tensors, judged.surplus, judged.notes, False, judged.names
+    )
 
 
 def _claim(folder: Folder, precision: str | None) -> Claim:

@@ -7,6 +7,7 @@ where the alternatives differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -157,9 +158,7 @@ def _cast(format: str) -> Bits:
     roundings give another code than one."""
     fmt = FORMATS[format]
     step, top = 2.0**-fmt.fraction_bits, fmt.largest
-    gap = top - float(
-        np.floor(top / 2 ** np.floor(np.log2(top)) / step - 1) * step * 2 ** np.floor(np.log2(top))
-    )
+    gap = math.ldexp(step, math.frexp(top)[1] - 1)  # from the largest value down to the next
     x = [top, top + gap / 2 - gap / 16, top + gap / 2, top + gap / 2 + gap / 16, top + gap, 2 * top, 1e30]
     x += [1 + step / 2, 1 + 3 * step / 2, 1 + step / 2 + 2.0**-20, 1 + 3 * step / 2 - 2.0**-20]
     x += [1 + step / 2 + 2.0**-10, 1.0, 1 + step * 0.75, 0.0]

@@ -21,6 +21,8 @@ from refimpl.cases.instruments import Data, Outputs
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Array
 
+APART = 3  # positions at which two alternatives differ, if so many do
+
 
 @dataclass(frozen=True)
 class Found:
@@ -71,11 +73,12 @@ def telling(table: Array) -> list[int] | tuple[int, int]:
     if alike.size:
         return pairs[int(alike[0])]
     chosen: list[int] = []
-    open_ = np.ones(len(pairs), bool)
-    while open_.any():
-        best = int(np.argmax(np.count_nonzero(differ[open_], axis=0)))
+    left = np.minimum(np.count_nonzero(differ, axis=1), APART)  # of each pair
+    while left.any():
+        best = int(np.argmax(np.count_nonzero(differ[left > 0], axis=0)))
         chosen.append(best)
-        open_ &= ~differ[:, best]
+        left -= (left > 0) & differ[:, best]
+        differ[:, best] = False
     return sorted(chosen)
 
 

@@ -281,7 +281,8 @@ def _check_fingerprint(case: Case, what: str) -> None:
                 f"every position."
             )
     for t in case.outputs:
-        if t.name not in positions or any(at >= t.size for at in positions[t.name]):
+        at = positions.get(t.name)
+        if (at is None and t.instead_of is None) or any(i >= t.size for i in at or ()):
             raise Unreadable(
                 f"{what}: positions must be given for {t.name}, and lie in its {t.size} elements."
             )

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--as",
         dest="claim",
         metavar="PRECISION",
-        help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered",
+        help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered; not for cases of bits",
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
     checking.set_defaults(run=_check)

@@ -176,12 +176,17 @@ def generated_codes(shape: tuple[int, ...], how: Mapping[str, Any], dtype: str) 
     values are rounded to nearest."""
     kind = DTYPES[dtype].codes
     unsigned = np.dtype(f"<u{kind.itemsize}")
+    if ("exponents" in how) != ("fractions" in how):
+        raise Unreadable("a generator has exponents or fractions, but it must have both or neither.")
     if "first" in how:
         return np.arange(how["first"], how["first"] + int(np.prod(shape)), dtype=unsigned).reshape(shape)
     if "exponents" in how:
         signs = np.array([0, 1 << 31], np.uint32)[:, None, None]
         exponents = np.array(how["exponents"], np.uint32)[:, None] << np.uint32(23)
-        return (signs | exponents | np.array(how["fractions"], np.uint32)).reshape(shape)
+        classes = (signs | exponents | np.array(how["fractions"], np.uint32)).reshape(-1)
+        if shape != classes.shape:
+            raise Unreadable(f"a generator makes {classes.size} codes, but the shape {shape} is required.")
+        return classes
     if "low" in how and "scale" not in how:
         drawn = generated(shape, how)
         return drawn.astype(kind if kind.kind == "i" else unsigned)

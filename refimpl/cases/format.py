@@ -40,6 +40,7 @@ FORMAT: Final = 1
 LIMIT: Final = 4 << 20  # bytes of a case.json
 CASE, INPUTS, EXPECTED = "case.json", "inputs.safetensors", "expected.safetensors"
 INPUT, WEIGHT, REQUIRED, PROBE = "input", "weight", "required", "probe"
+NAN_TYPES: Final = ("F32", "BF16", "F16")  # of which a case may allow any NaN
 _KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
 
 
@@ -260,6 +261,8 @@ def _check(case: Case, what: str) -> None:
                 raise Unreadable(
                     f"{what}: tensor {t.name} refers to {other}, which must be a set of the case."
                 )
+        if t.any_nan is not None and t.dtype not in NAN_TYPES:
+            raise Unreadable(f"{what}: tensor {t.name} is {t.dtype}, but any_nan must be of a float type.")
     if (case.outcome == "reject") != (case.kind == "reject"):
         raise Unreadable(
             f"{what}: kind {case.kind} has outcome {case.outcome}, but reject must go with reject."

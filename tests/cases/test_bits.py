@@ -202,6 +202,30 @@ def test_a_generator_that_lacks_something_is_refused():
         folder.generated_codes((3,), {"seed": 1, "stream": "x", "low": 0, "high": 4}, "U8")
 
 
+def test_classes_that_do_not_fit_are_refused():
+    with pytest.raises(Unreadable, match="both or neither"):
+        folder.generated_codes((2,), {"exponents": [1]}, "F32")
+    with pytest.raises(Unreadable, match="makes 4 codes"):
+        folder.generated_codes((3,), {"exponents": [1], "fractions": [2, 3]}, "F32")
+
+
+def test_any_nan_of_codes_without_one_is_refused():
+    value = json.loads(build(definition("formats/e4m3")).case.to_json())
+    value["tensors"][0]["any_nan"] = 3
+    with pytest.raises(Unreadable, match="any_nan must be of a float type"):
+        format.Case.from_dict(value, "case.json")
+
+
+def test_a_fingerprint_without_all_its_bits_is_refused():
+    value = json.loads(build(definition("fingerprint/cast-e4m3")).case.to_json())
+    value["fingerprint"]["alternatives"][1]["bits"]["codes"].pop()
+    with pytest.raises(Unreadable, match="bits at every position"):
+        format.Case.from_dict(value, "case.json")
+    value["fingerprint"]["positions"]["codes"][0] = 1 << 20
+    with pytest.raises(Unreadable, match=r"bits at every position|lie in its"):
+        format.Case.from_dict(value, "case.json")
+
+
 def test_a_case_whose_verdict_cannot_fail_is_no_case(monkeypatch):
     d = definition("formats/e4m3")
     monkeypatch.setattr(bits.exact, "spoiled", lambda right, t: {"zeros": right})

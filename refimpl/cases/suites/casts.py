@@ -9,6 +9,7 @@ from typing import Any
 
 from refimpl.cases.bits import Bits, Classes, Every
 from refimpl.cases.definition import SEED
+from refimpl.numerics import generator
 from refimpl.numerics.casts import CASTS
 from refimpl.numerics.formats import FORMATS, Format
 
@@ -53,7 +54,8 @@ def _case(format: str, behaviour: str, suffix: str = "", rounding: Any = "neares
 
 
 def _stochastic(format: str) -> Bits:
-    rounding = {"seed": SEED, "stream": f"casts/{format}-stochastic"}
+    stream = f"casts/{format}-stochastic"  # every input begins at its element 0
+    rounding = {"seed": SEED, "stream": stream, "key": generator.tensor_key(SEED, stream).hex()}
     return _case(format, "saturate", "stochastic", rounding, "rounded stochastically, saturating")
 
 

@@ -142,9 +142,10 @@ def _round_block(x: Array, fmt: Format) -> Array:
         shift = math.ldexp(fmt.smallest, 52)
         result = np.where(small, np.copysign((size + shift) - shift, x), result)
     fits = np.abs(result) <= fmt.largest
+    fits &= x == x  # rounding the bits of a NaN can carry beyond them and leave a zero
     if not fits.all():
         beyond = np.where(np.isnan(x), np.nan, np.copysign(fmt.overflow, x))
-        result = np.where(fits & ~np.isnan(x), result, beyond)
+        result = np.where(fits, result, beyond)
     return result
 
 

@@ -28,8 +28,9 @@ from refimpl.layers import gate, loss, rope
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.numerics.arithmetic import Arithmetic, Array, arithmetic
+from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
+from refimpl.numerics.precision import arithmetic
 from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
 

@@ -15,17 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from refimpl.errors import Invalid
 from refimpl.numerics import contraction, functions, threads
-
-if TYPE_CHECKING:
-    from refimpl.numerics.recipe import Recipe
 
 THREADED = 1 << 18  # products of a matrix in a stack from which threads over the stack pay off
 
@@ -310,35 +306,3 @@ class Floating:
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return threads.each(call, items)
-
-
-_PLAIN: dict[str, Callable[[], Arithmetic]] = {
-    "exact": Exact,
-    "float64": lambda: Floating(np.float64),
-    "float32": lambda: Floating(np.float32),
-}
-
-
-def arithmetic(precision: str | Recipe | Arithmetic) -> Arithmetic:
-    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; or itself.
-
-    Raises: Invalid for an unknown name.
-    """
-    from refimpl.numerics.recipe import (
-        RECIPES,
-        Recipe,
-        Rounded,
-    )  # a recipe builds on Exact, so it stands above
-
-    if isinstance(precision, Recipe):
-        return Rounded(precision)
-    if not isinstance(precision, str):
-        if not hasattr(precision, "fprop"):
-            raise Invalid(f"precision is {precision!r} and has to be a name, a recipe or an arithmetic.")
-        return precision
-    if precision in _PLAIN:
-        return _PLAIN[precision]()
-    if precision in RECIPES:
-        return Rounded(RECIPES[precision])
-    known = ", ".join([*_PLAIN, *RECIPES])
-    raise Invalid(f"precision is {precision!r} and has to be one of {known}.")

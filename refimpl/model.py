@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
-from refimpl.errors import Invalid, Unsupported
+from refimpl.errors import Invalid, Unreadable, Unsupported
 from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
 from refimpl.layers import gate, loss, rope
 from refimpl.layers.batch import Batch, allowed
@@ -79,6 +80,8 @@ def _open(source: Source) -> tuple[ModelConfig, Weights]:
         return config, VirtualWeights(config)
     if not isinstance(source, str | PathLike):
         raise Invalid(f"source is a {type(source).__name__}, but it has to be a folder, a preset, or a pair.")
+    if not Path(source).is_dir():
+        raise Unreadable(f"source {source} is neither a checkpoint folder nor one of {', '.join(PRESETS)}.")
     return open_folder(source)
 
 

@@ -61,6 +61,7 @@ def test_differences_are_named():
         "yarn_applies",
         "yarn_mscale_zero",
         "topk_norm_epsilon",
+        "v2_topk_norm",
     )
 
 

@@ -23,7 +23,8 @@ from scipy import sparse
 
 from refimpl.numerics import contraction, functions, threads
 
-THREADED = 1 << 18  # products of a matrix in a stack from which threads over the stack pay off
+STACKED = 1 << 18  # multiplications of a matrix in a stack from which threads over the stack pay off
+SPLIT = 1 << 26  # multiplications of a matrix from which threads over its rows pay off
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -246,25 +247,32 @@ class Floating:
         return Weight(self.array(w))
 
     def fprop(self, x: Operand, w: Weight) -> Array:
-        return x.value @ w.value.T
+        return self.matmul(x.value, w.value)
 
     def dgrad(self, dy: Operand, w: Weight) -> Array:
-        return dy.value @ w.value
+        return self.matmul(dy.value, w.value.T)
 
     def wgrad(self, dy: Operand, x: Operand) -> Array:
-        return dy.value.T @ x.value
+        return self.matmul(dy.value.T, x.value.T)
 
     def matmul(self, a: Array, b: Array) -> Array:
         bt = b.swapaxes(-1, -2)
-        if (
-            a.ndim == 2
-            or a.shape[:-2] != b.shape[:-2]
-            or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < THREADED
-        ):
+        if a.ndim == 2:
+            return self._rows(a, bt)
+        if a.shape[:-2] != b.shape[:-2] or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < STACKED:
             return np.asarray(a @ bt)
-        # BLAS threads over one small matrix after another cost more than they give: threads over the stack
         out = np.empty((*a.shape[:-1], b.shape[-2]), self.dtype)
         self.each(lambda at: np.matmul(a[at], bt[at], out=out[at]), np.ndindex(a.shape[:-2]))
+        return out
+
+    def _rows(self, a: Array, bt: Array) -> Array:
+        """a (M, K), bt (K, N)  ->  (M, N): outer threads over blocks of rows waste less than BLAS's own."""
+        pieces = threads.width()
+        if pieces == 1 or a.size * bt.shape[1] < SPLIT:
+            return np.asarray(a @ bt)
+        cuts = [len(a) * i // pieces for i in range(pieces + 1)]
+        out = np.empty((len(a), bt.shape[1]), self.dtype)
+        self.each(lambda at: np.matmul(a[at], bt, out=out[at]), map(slice, cuts, cuts[1:]))
         return out
 
     def dot(self, a: Array, b: Array) -> Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,15 @@ from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
-from refimpl.errors import Invalid, Unsupported
+from refimpl.errors import Invalid, Unreadable, Unsupported
 from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
 from refimpl.layers import gate, loss, rope
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.numerics.arithmetic import Arithmetic, Array, arithmetic
+from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
+from refimpl.numerics.precision import arithmetic
 from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
 
@@ -79,6 +81,8 @@ def _open(source: Source) -> tuple[ModelConfig, Weights]:
         return config, VirtualWeights(config)
     if not isinstance(source, str | PathLike):
         raise Invalid(f"source is a {type(source).__name__}, but it has to be a folder, a preset, or a pair.")
+    if not Path(source).is_dir():
+        raise Unreadable(f"source {source} is neither a checkpoint folder nor one of {', '.join(PRESETS)}.")
     return open_folder(source)
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -431,3 +432,21 @@ class TestPrecisions:
         one.backward(one.forward(ids, labels=ids))
         assert {name: bits(w) for name, w in weights.items()} == kept
         assert (ids == IDS).all()
+
+
+def test_weights_in_memory_may_be_bfloat16_arrays_and_have_to_be_numbers():
+    cfg = config()
+    given = dict(random_weights(cfg, 1))
+    name = "model.norm.weight"
+    given[name] = np.ones(cfg.hidden_size, ml_dtypes.bfloat16)
+    assert refimpl.load((cfg, given)).weights[name].dtype == np.float32
+    for bad in ("x", None, [[1.0], [2.0, 3.0]]):
+        with pytest.raises(
+            refimpl.Invalid, match=r"^tensor model\.norm\.weight .* must be an array of numbers\.$"
+        ):
+            refimpl.load((cfg, given | {name: bad}))
+
+
+def test_a_source_that_is_nothing_lists_the_presets():
+    with pytest.raises(refimpl.Unreadable, match=r"^source deepseek-v4 is neither .* deepseek-v3, .*\.$"):
+        refimpl.load("deepseek-v4")

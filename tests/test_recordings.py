@@ -16,8 +16,8 @@ from refimpl.config.model import ModelConfig
 from refimpl.layers import gate, rope
 from refimpl.layers.context import Context
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.numerics.arithmetic import arithmetic
 from refimpl.numerics.gradients import Gradients
+from refimpl.numerics.precision import arithmetic
 
 AGREEMENT = 1e-9
 MODELS = sorted(p.parent.name for p in RECORDINGS.glob("[AC]*/config.json"))

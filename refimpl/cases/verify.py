@@ -77,13 +77,15 @@ def _described(there: Case, here: Case) -> list[str]:
 
 def _stored(path: Path, built: Built) -> list[str]:
     """Tensors of the files that differ, are absent or are surplus; the folder may hold all or samples."""
-    outputs, inputs = _entries(path / format.EXPECTED), _entries(path / format.INPUTS)
-    whole = any(t.samples and t.name in outputs for t in built.case.outputs)
-    whole = whole or any(t.given and t.generator and t.name in inputs for t in built.case.tensors)
+    contents = folder.contents(built.case, built.given, built.expected, built.extras, whole=False)
+    sampled = {t.name for t in built.case.outputs if t.samples}
+    left_out = {t.name for t in built.case.tensors if t.given and not t.asset} - contents[
+        format.INPUTS
+    ].keys()
+    if sampled & _entries(path / format.EXPECTED).keys() or left_out & _entries(path / format.INPUTS).keys():
+        contents = folder.contents(built.case, built.given, built.expected, built.extras, whole=True)
     found: list[str] = []
-    for name, tensors in folder.contents(
-        built.case, built.given, built.expected, built.extras, whole
-    ).items():
+    for name, tensors in contents.items():
         file = safetensors.open_file(path / name)
         found += [f"{name} lacks {n}" for n in tensors if n not in file]
         found += [f"{name} has {n}, which is not computed" for n in file if n not in tensors]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -255,7 +255,11 @@ class DictWeights(Weights):
     in_memory = True
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, Array | Stored]) -> None:
-        self._arrays = dict(arrays)
+        if not isinstance(arrays, Mapping):
+            raise Invalid(
+                f"weights are a {type(arrays).__name__}, but they must be a mapping from name to array."
+            )
+        self._arrays = {name: _in_memory(name, value) for name, value in arrays.items()}
         super().__init__(config)
 
     def stored_names(self) -> Iterator[str]:
@@ -279,6 +283,21 @@ class DictWeights(Weights):
     def stored_value(self, name: str) -> Array:
         array = self._arrays[name]
         return super().stored_value(name) if isinstance(array, Stored) else array
+
+
+def _in_memory(name: str, value: Any) -> Array | Stored:
+    """A weight that the caller holds: what NumPy makes an array of numbers of, bfloat16 as float32."""
+    if isinstance(value, Stored):
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError):
+        raise Invalid(f"tensor {name} is ragged or unreadable, but it must be an array of numbers.") from None
+    if array.dtype.name == "bfloat16":
+        return array.astype(np.float32)
+    if array.dtype.kind not in "fiubc" and not array.dtype.name.startswith("float8"):
+        raise Invalid(f"tensor {name} has the type {array.dtype}, but it must be an array of numbers.")
+    return array
 
 
 class FolderWeights(Weights):

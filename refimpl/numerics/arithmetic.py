@@ -15,19 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from refimpl.errors import Invalid
 from refimpl.numerics import contraction, functions, threads
 
-if TYPE_CHECKING:
-    from refimpl.numerics.recipe import Recipe
-
-THREADED = 1 << 18  # products of a matrix in a stack from which threads over the stack pay off
+STACKED = 1 << 18  # multiplications of a matrix in a stack from which threads over the stack pay off
+SPLIT = 1 << 26  # multiplications of a matrix from which threads over its rows pay off
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -250,25 +247,32 @@ class Floating:
         return Weight(self.array(w))
 
     def fprop(self, x: Operand, w: Weight) -> Array:
-        return x.value @ w.value.T
+        return self.matmul(x.value, w.value)
 
     def dgrad(self, dy: Operand, w: Weight) -> Array:
-        return dy.value @ w.value
+        return self.matmul(dy.value, w.value.T)
 
     def wgrad(self, dy: Operand, x: Operand) -> Array:
-        return dy.value.T @ x.value
+        return self.matmul(dy.value.T, x.value.T)
 
     def matmul(self, a: Array, b: Array) -> Array:
         bt = b.swapaxes(-1, -2)
-        if (
-            a.ndim == 2
-            or a.shape[:-2] != b.shape[:-2]
-            or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < THREADED
-        ):
+        if a.ndim == 2:
+            return self._rows(a, bt)
+        if a.shape[:-2] != b.shape[:-2] or a.shape[-2] * bt.shape[-2] * bt.shape[-1] < STACKED:
             return np.asarray(a @ bt)
-        # BLAS threads over one small matrix after another cost more than they give: threads over the stack
         out = np.empty((*a.shape[:-1], b.shape[-2]), self.dtype)
         self.each(lambda at: np.matmul(a[at], bt[at], out=out[at]), np.ndindex(a.shape[:-2]))
+        return out
+
+    def _rows(self, a: Array, bt: Array) -> Array:
+        """a (M, K), bt (K, N)  ->  (M, N): outer threads over blocks of rows waste less than BLAS's own."""
+        pieces = threads.width()
+        if pieces == 1 or a.size * bt.shape[1] < SPLIT:
+            return np.asarray(a @ bt)
+        cuts = [len(a) * i // pieces for i in range(pieces + 1)]
+        out = np.empty((len(a), bt.shape[1]), self.dtype)
+        self.each(lambda at: np.matmul(a[at], bt, out=out[at]), map(slice, cuts, cuts[1:]))
         return out
 
     def dot(self, a: Array, b: Array) -> Array:
@@ -310,35 +314,3 @@ class Floating:
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return threads.each(call, items)
-
-
-_PLAIN: dict[str, Callable[[], Arithmetic]] = {
-    "exact": Exact,
-    "float64": lambda: Floating(np.float64),
-    "float32": lambda: Floating(np.float32),
-}
-
-
-def arithmetic(precision: str | Recipe | Arithmetic) -> Arithmetic:
-    """The arithmetic of a name (exact, float64, float32, or a recipe's) or of a recipe; or itself.
-
-    Raises: Invalid for an unknown name.
-    """
-    from refimpl.numerics.recipe import (
-        RECIPES,
-        Recipe,
-        Rounded,
-    )  # a recipe builds on Exact, so it stands above
-
-    if isinstance(precision, Recipe):
-        return Rounded(precision)
-    if not isinstance(precision, str):
-        if not hasattr(precision, "fprop"):
-            raise Invalid(f"precision is {precision!r} and has to be a name, a recipe or an arithmetic.")
-        return precision
-    if precision in _PLAIN:
-        return _PLAIN[precision]()
-    if precision in RECIPES:
-        return Rounded(RECIPES[precision])
-    known = ", ".join([*_PLAIN, *RECIPES])
-    raise Invalid(f"precision is {precision!r} and has to be one of {known}.")

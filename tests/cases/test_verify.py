@@ -33,9 +33,10 @@ def test_what_was_written_is_what_is_computed(golden):
     assert verify(golden) == (3, [])
 
 
-def test_a_whole_folder_holds_as_well(tmp_path):
-    generate(["embedding"], tmp_path, whole=True, jobs=1)
-    assert verify(tmp_path) == (3, [])
+@pytest.mark.parametrize("whole", [True, False])
+def test_whole_and_compact_folders_hold_with_small_and_large_inputs(tmp_path, whole):
+    generate(["embedding", "rope"], tmp_path, whole=whole, jobs=1)
+    assert verify(tmp_path) == (14, [])
 
 
 def test_a_changed_digest_names_the_tensor(golden):

@@ -367,3 +367,10 @@ def test_what_is_not_a_format_a_rounding_or_a_code_is_refused():
         decode([-1], E4M3)
     with pytest.raises(Invalid, match=r"codes have the type float64, but they must be integers of 8 bits\.$"):
         decode([1.0], E4M3)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("bits", [2**63 - 1, 2**64 - 1, 0x7FF8 << 48, 0x7FFFFFFFE << 28])
+def test_a_nan_alone_in_its_block_stays_a_nan(name, bits):
+    x = np.array([bits], np.uint64).view(np.float64)
+    assert np.isnan(round_to(x, FORMATS[name])).all()

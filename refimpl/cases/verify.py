@@ -77,13 +77,12 @@ def _described(there: Case, here: Case) -> list[str]:
 
 def _stored(path: Path, built: Built) -> list[str]:
     """Tensors of the files that differ, are absent or are surplus; the folder may hold all or samples."""
-    outputs, inputs = _entries(path / format.EXPECTED), _entries(path / format.INPUTS)
-    whole = any(t.samples and t.name in outputs for t in built.case.outputs)
-    whole = whole or any(t.given and t.generator and t.name in inputs for t in built.case.tensors)
+    numbers = built.case, built.given, built.expected, built.extras
+    compact, whole = (folder.contents(*numbers, complete) for complete in (False, True))
+    present = {name: _entries(path / name) for name in whole}
+    complete = any(present[name].keys() & (whole[name].keys() - compact[name].keys()) for name in whole)
     found: list[str] = []
-    for name, tensors in folder.contents(
-        built.case, built.given, built.expected, built.extras, whole
-    ).items():
+    for name, tensors in (whole if complete else compact).items():
         file = safetensors.open_file(path / name)
         found += [f"{name} lacks {n}" for n in tensors if n not in file]
         found += [f"{name} has {n}, which is not computed" for n in file if n not in tensors]

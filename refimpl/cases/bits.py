@@ -80,7 +80,7 @@ class Classes:
     dtype: str = "F32"
 
     def made(self, stream: str) -> tuple[Array, dict[str, Any]]:
-        how: dict[str, Any] = {"exponents": self.exponents, "fractions": self.fractions}
+        how: dict[str, Any] = {"exponents": list(self.exponents), "fractions": list(self.fractions)}
         return generated_codes((2 * len(self.exponents) * len(self.fractions),), how, "F32"), how
 
 

@@ -77,15 +77,12 @@ def _described(there: Case, here: Case) -> list[str]:
 
 def _stored(path: Path, built: Built) -> list[str]:
     """Tensors of the files that differ, are absent or are surplus; the folder may hold all or samples."""
-    contents = folder.contents(built.case, built.given, built.expected, built.extras, whole=False)
-    sampled = {t.name for t in built.case.outputs if t.samples}
-    left_out = {t.name for t in built.case.tensors if t.given and not t.asset} - contents[
-        format.INPUTS
-    ].keys()
-    if sampled & _entries(path / format.EXPECTED).keys() or left_out & _entries(path / format.INPUTS).keys():
-        contents = folder.contents(built.case, built.given, built.expected, built.extras, whole=True)
+    numbers = built.case, built.given, built.expected, built.extras
+    compact, whole = (folder.contents(*numbers, complete) for complete in (False, True))
+    present = {name: _entries(path / name) for name in whole}
+    complete = any(present[name].keys() & (whole[name].keys() - compact[name].keys()) for name in whole)
     found: list[str] = []
-    for name, tensors in contents.items():
+    for name, tensors in (whole if complete else compact).items():
         file = safetensors.open_file(path / name)
         found += [f"{name} lacks {n}" for n in tensors if n not in file]
         found += [f"{name} has {n}, which is not computed" for n in file if n not in tensors]

@@ -6,7 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
+from refimpl.cases import folder
+from refimpl.cases.build import build
 from refimpl.cases.generate import generate
+from refimpl.cases.suites import definition
 from refimpl.cases.verify import verify
 from refimpl.checkpoint import safetensors
 from refimpl.errors import Unreadable
@@ -99,3 +102,13 @@ def test_a_damaged_case_is_a_difference_and_not_an_end(golden):
 def test_a_folder_without_cases_cannot_be_verified(tmp_path):
     with pytest.raises(Unreadable, match="no golden cases"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_cases_of_bits_hold_whole_and_compact(tmp_path, whole):
+    for id in ("casts/e4m3-ptx", "gemm/masked", "formats/e5m6", "fingerprint/cast-e4m3"):
+        built = build(definition(id))
+        folder.write(tmp_path, built.case, built.given, built.expected, built.extras, whole)
+    count, differences = verify(tmp_path)
+    assert count == 4
+    assert {d.what for d in differences} == {"is not there"}  # the rest of the suites

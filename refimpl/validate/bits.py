@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refimpl.cases import exact, fingerprints
-from refimpl.cases.folder import Folder, codes_in
+from refimpl.cases.folder import FORMAT_OF, Folder, codes_in
 from refimpl.cases.format import PROBE, Tensor
 from refimpl.checkpoint.dtypes import DTYPES
 from refimpl.checkpoint.safetensors import TensorFile
@@ -59,9 +59,11 @@ def judge(folder: Folder, given: TensorFile) -> Judged:
 
 def _fault(given: TensorFile, t: Tensor) -> str | None:
     dtype, shape = given.dtype(t.name), given.shape(t.name)
-    width = 8 * DTYPES[t.dtype].codes.itemsize
-    if dtype not in (t.dtype, f"U{width}"):
-        return f"dtype {dtype} instead of {t.dtype}, or its codes as U{width}"
+    codes = f"U{8 * DTYPES[t.dtype].codes.itemsize}" if t.dtype in FORMAT_OF else t.dtype
+    if dtype not in (t.dtype, codes):
+        return f"dtype {dtype} instead of {t.dtype}" + (
+            f", or its codes as {codes}" if codes != t.dtype else ""
+        )
     if shape != t.shape:
         return f"shape {shape} instead of {t.shape}"
     return None

@@ -56,7 +56,8 @@ def text(verdict: Verdict) -> str:
         lines.append(
             f"It does not hold.  The first tensor that is off, in the order of computation: {first.name}"
         )
-        lines += [f"This case is about: {note}" for note in verdict.notes]
+        lead = "This case is about: " if verdict.arithmetic is None else ""
+        lines += [f"{lead}{note}" for note in verdict.notes]
     return "\n".join(lines)
 
 

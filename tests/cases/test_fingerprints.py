@@ -19,7 +19,14 @@ ISSUE = {  # what has to be told apart, and where
     "gemm-fp8": {"deepgemm", "deepgemm-apart", "triton-mma", "fp32-sequential", "promote-fp32", "exact"},
     "gemm-fp8-tensor": {"unpromoted", "promoted-128", "unpromoted-nearest", "fp32-sequential"},
     "cast-e4m3": {"ptx", "toward-zero"},
-    "quantise": {"ieee", "triton_v3", "deepgemm_sat", "scale-division-value-div.full", "noclamp"},
+    "quantise": {
+        "ieee",
+        "triton_v3",
+        "deepgemm_sat",
+        "scale-division-value-div.full",
+        "noclamp",
+        "ue8m0-truncated",
+    },
 }
 
 

@@ -18,6 +18,7 @@ from refimpl.validate import report
 from refimpl.validate.verdict import check
 
 IDS = (
+    "quantise/scale-layouts",
     "casts/e4m3-ptx",
     "tensorcore/wgmma-bf16-k16",
     "gemm/masked",
@@ -85,6 +86,14 @@ def test_codes_may_come_as_unsigned_integers(judge, right):
     verdict = judge("casts/e4m3-ptx", {n: x.astype(np.float32) for n, x in plain.items()})
     assert verdict.first_off.verdict == "malformed"
     assert "dtype F32 instead of F8_E4M3, or its codes as U8" in verdict.first_off.note
+
+
+def test_integers_have_to_come_in_their_type(judge, right):
+    own = right["quantise/scale-layouts"]
+    packed = own["packed"].get("packed")
+    verdict = judge("quantise/scale-layouts", own | {"packed": packed.view(np.uint32)})
+    assert verdict.first_off.note == "dtype U32 instead of I32"
+    assert judge("quantise/scale-layouts", own | {"packed": packed}).holds
 
 
 def test_wrong_shapes_are_malformed_and_missing_tensors_are_named(judge, right):

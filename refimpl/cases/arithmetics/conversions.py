@@ -77,7 +77,8 @@ def _cast_text(names: list[str]) -> str:
 
 _QUANTISE = (
     "A port may quantise by any recipe of SCALE-6; it is named.  The other combinations of division and "
-    "reciprocal for scales and for values belong to no published kernel, are named and do not pass."
+    "reciprocal for scales and for values belong to no published kernel; these and known mistakes are named, "
+    "and do not pass."
 )
 
 
@@ -101,7 +102,33 @@ def recipes(d: Data) -> Question:
                 text = f"scales by {words[scale]}, values by {words[quotient]}"
                 name = f"scale-{words[scale]}-value-{words[quotient]}"
                 rows.append(Alternative(name, text, False, partial(_recipe, x, row)))
+    ieee = quantise(x, "ieee")
+    bits = ieee.scales.view(np.uint32)
+    cut = (bits & np.uint32(0x7F80_0000)).view(np.float32)
+    short = round_to(ieee.scales, BF16).astype(np.float32)
+    rows += [
+        _mistake("ue8m0-truncated", "powers of two by the exponent alone", _divided(x, cut), cut),
+        _mistake(
+            "ue8m0-rounded-after",
+            "codes by the float32 scale, which is then rounded up to a power of two",
+            ieee.codes,
+            quantise(x, "ue8m0").scales,
+        ),
+        _mistake("scales-in-bf16", "scales are rounded to BF16", _divided(x, short), short),
+    ]
     return Question(_QUANTISE, rows)
+
+
+def _divided(x: Single, scales: Single) -> Array:
+    with np.errstate(all="ignore"):
+        quotient = x / np.repeat(scales, ACTIVATION[1], axis=1)
+    quotient[np.isnan(quotient)] = np.nan  # the positive one
+    return behaviours.cast(quotient, FORMATS["e4m3"], "ptx")
+
+
+def _mistake(name: str, text: str, codes: Array, scales: Single) -> Alternative:
+    outputs = {"codes": Out(codes, "F8_E4M3"), "scales": Out(canonical(scales.copy()), "F32")}
+    return Alternative(name, text, False, lambda _: outputs)
 
 
 def _recipe(x: Single, row: Quantiser, _: Data) -> Outputs:

@@ -15,7 +15,7 @@ import numpy as np
 from refimpl.cases.bits import Bits, Codes, Drawn, Source, Whole
 from refimpl.cases.definition import SEED
 from refimpl.cases.instruments import DTYPE_OF
-from refimpl.cases.suites import adversaries
+from refimpl.cases.suites import adversaries, flags
 from refimpl.cases.suites.quantise import edge_tiles
 from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
@@ -149,6 +149,7 @@ _GEMM_TENSOR = Bits(
         "b": _uneven("b", 32, 512),
         "b_scale": _scales((1,)),
     },
+    flags=(flags.SHORT_ACCUMULATOR,),
     fingerprint="gemm_fp8_tensor",
 )
 
@@ -216,6 +217,7 @@ CASES: tuple[Bits, ...] = (
         ("SCALE-1", "SCALE-3", "SCALE-4", "SCALE-6", "CASE-13"),
         "quantise",
         _QUANTISE,
+        flags=(flags.ZERO_TILE, flags.UE8M0_LOG2),
         fingerprint="quantise",
     ),
 )

@@ -168,3 +168,75 @@ BIAS_NOT_FINITE = Flag(
     "A checkpoint with a selection bias that is not finite is accepted.",
     "The routing depends on the sorting algorithm: a popular small fixture is like that.",
 )
+FNUZ = Flag(
+    "fn-vs-fnuz",
+    "format",
+    "Codes of the fn form are read as the fnuz form, or the other way round.",
+    "Every value is half or twice as large, and the NaN is another code.",
+)
+SCALE_IGNORED = Flag(
+    "scale-ignored",
+    "omission",
+    "Codes are cast without their scale, or their bytes are read as integers.",
+    "Dequantised weights are thousands of times too large.",
+)
+SCALE_DIVIDED = Flag(
+    "divide-by-scale-inv",
+    "formula",
+    "Values are divided by weight_scale_inv, whose name misleads.",
+    "Dequantised weights are millions of times too large.",
+)
+LAST_BLOCK_LOST = Flag(
+    "last-partial-block-lost",
+    "shape",
+    "The number of blocks is rounded down where the rows do not divide into 128.",
+    "Rows 512 to 575 of kv_a_proj_with_mqa, all of the rotary key, have no scale of their own.",
+)
+GRID_TRANSPOSED = Flag(
+    "scale-grid-transposed",
+    "layout",
+    "Scales are read as (columns, rows), or row-major where the kernel takes them column-major.",
+    "With blocks of similar size the result is a few percent off only.",
+)
+UE8M0_AFTER = Flag(
+    "ue8m0-round-after-quantise",
+    "order",
+    "Codes are made with the float32 scale, and the scale is rounded up to a power of two after that.",
+    "Dequantised values are up to twice too large.",
+)
+UE8M0_TRUNCATED = Flag(
+    "ue8m0-truncate",
+    "formula",
+    "The scale's exponent is taken without rounding up.",
+    "Large values saturate; products are a quarter off.",
+)
+UE8M0_LOG2 = Flag(
+    "ue8m0-log2-rounding",
+    "precision",
+    "The power of two is found by a logarithm in float32, which rounds, instead of by bits.",
+    "Scales a few units above a power of two are half of what bits give.",
+)
+ZERO_TILE = Flag(
+    "zero-block",
+    "formula",
+    "The largest value has no floor, or another one.",
+    "Tiles of zeros become NaN, and tiny ones have another scale.",
+)
+ONE_SCALE_A_ROW = Flag(
+    "per-token-instead-of-per-group",
+    "shape",
+    "There is one scale for a row instead of one for 128 of its columns.",
+    "Hidden until the sizes in a row differ by a factor of 100000.",
+)
+SCALE_LOW_PRECISION = Flag(
+    "scale-amax-in-low-precision",
+    "precision",
+    "The largest value or the scale is computed in bfloat16.",
+    "Scales are up to 2^-8 off.",
+)
+SHORT_ACCUMULATOR = Flag(
+    "short-accumulator",
+    "precision",
+    "The matrix unit accumulates over all of K, without promotion every 128.",
+    "Errors of 0.1 to 10 percent at K = 7168, the larger the more terms have one sign.",
+)

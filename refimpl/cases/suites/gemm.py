@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.cases.bits import Bits, Codes, Drawn, Source, Whole
+from refimpl.cases.suites import flags
 
 _KERNELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("deepgemm", {"kernel": "deepgemm"}),
@@ -46,6 +47,11 @@ def _shape(
             _inputs(m, n, k),
             arguments,
             streams=id,
+            flags=(
+                flags.SHORT_ACCUMULATOR,
+                flags.GRID_TRANSPOSED,
+                *((flags.LAST_BLOCK_LOST,) if n % 128 else ()),
+            ),
         )
         for name, arguments in kernels
     )

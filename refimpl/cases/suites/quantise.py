@@ -6,9 +6,12 @@ import numpy as np
 
 from refimpl.cases.bits import Bits, Codes, Drawn, Source, Whole
 from refimpl.cases.definition import SEED
+from refimpl.cases.suites import flags
 from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 from refimpl.numerics.blockscale import ACTIVATION, BLOCK, QUANTISERS, TRANSPOSED
+
+_POWER = (flags.UE8M0_AFTER, flags.UE8M0_TRUNCATED, flags.UE8M0_LOG2)
 
 
 def edge_tiles() -> Array:
@@ -49,6 +52,12 @@ def _activations(name: str) -> Bits:
         inputs,
         {"recipe": name, "tile": list(ACTIVATION)},
         streams="quantise/activations",
+        flags=(
+            flags.ZERO_TILE,
+            flags.ONE_SCALE_A_ROW,
+            flags.SCALE_LOW_PRECISION,
+            *(_POWER if row.power else ()),
+        ),
     )
 
 
@@ -65,6 +74,7 @@ def _weights(name: str) -> Bits:
         inputs,
         {"recipe": name, "tile": list(BLOCK)},
         streams="quantise/weights",
+        flags=(flags.LAST_BLOCK_LOST, *(_POWER if QUANTISERS[name].power else ())),
     )
 
 
@@ -99,13 +109,14 @@ CASES: tuple[Bits, ...] = (
         "dequantise",
         {"codes": Whole((576, 1536), "F8_E4M3", 0, 256), "scales": _scales((5, 12))},
         {"tile": list(BLOCK)},
+        flags=(flags.SCALE_IGNORED, flags.SCALE_DIVIDED, flags.LAST_BLOCK_LOST, flags.GRID_TRANSPOSED),
     ),
     _requantised("ue8m0", True),
     _requantised("ieee", False),
     Bits(
         "quantise/scale-layouts",
         "Power-of-two scales (130, 14): column-major and aligned, as UE8M0, and four of these in a word",
-        ("LAYOUT-2", "LAYOUT-3", "LAYOUT-4"),
+        ("LAYOUT-1", "LAYOUT-2", "LAYOUT-3", "LAYOUT-4"),
         "scale_layouts",
         {
             "scales": Codes(

@@ -146,8 +146,11 @@ def main() -> None:
         },
     )
     show(f"Normal data, K = {REPORT_LENGTH}, in percent", ("seed", "data", "sum"), readings(192))
-    options.picture.write_text(picture(found))
-    print(f"The picture is {options.picture}.")
+    try:
+        picture(found, options.picture)
+        print(f"The picture is {options.picture}.")
+    except ImportError:
+        print("No picture: matplotlib is not installed (pip install 'refimpl[plot]').")
 
 
 def show(title: str, names: tuple[str, ...], table: dict[tuple[object, ...], dict[str, float]]) -> None:
@@ -156,45 +159,25 @@ def show(title: str, names: tuple[str, ...], table: dict[tuple[object, ...], dic
     print(f"{title}\n\n{tabulate(lines, headers=headers, disable_numparse=True)}\n")
 
 
-def picture(found: dict[str, dict[int, dict[str, dict[str, float]]]]) -> str:
-    """Lines of the relative Frobenius error over K, both logarithmic."""
-    width, height, left, bottom = 640, 420, 70, 60
-    low, high = -3, 2  # powers of ten of percent
+def picture(found: dict[str, dict[int, dict[str, dict[str, float]]]], path: Path) -> None:
+    """Lines of the relative Frobenius error over K, both logarithmic.  Needs matplotlib (extra `plot`)."""
+    from matplotlib.figure import Figure
 
-    def x(k: float) -> float:
-        return left + (width - left - 150) * math.log2(k / LENGTHS[0]) / math.log2(LENGTHS[-1] / LENGTHS[0])
-
-    def y(percent: float) -> float:
-        return 20 + (height - 20 - bottom) * (high - math.log10(percent)) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for power in range(low, high + 1):
-        at = y(10.0**power)
-        parts.append(f'<path d="M{left} {at:.1f}H{width - 150}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}%</text>')
-    parts += [
-        f'<text x="{x(k):.1f}" y="{height - bottom + 20}" text-anchor="middle">{k}</text>' for k in LENGTHS
-    ]
-    middle = (left + width - 150) / 2
-    parts.append(f'<text x="{middle}" y="{height - 15}" text-anchor="middle">K, of codes in E4M3</text>')
-    parts.append(f'<text x="{left}" y="14">relative Frobenius error of the sum</text>')
-    at = y(2.0)
-    parts.append(f'<path d="M{left} {at:.1f}H{width - 150}" stroke="#888" stroke-dasharray="6 4"/>')
-    parts.append(f'<text x="{width - 145}" y="{at + 4:.1f}" fill="#555">the report\'s 2%</text>')
-    for colour, (kind, by_k) in zip(("#1b6ca8", "#c1440e", "#3a7d44"), found.items(), strict=True):
-        for path, dashes in (("one chain", ""), ("promoted", ' stroke-dasharray="3 3"')):
-            points = [(x(k), y(paths[path]["Frobenius"])) for k, paths in by_k.items()]
-            line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-            parts.append(
-                f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
-            )
-            px, py = points[-1]
-            parts.append(f'<text x="{px + 6:.1f}" y="{py + 4:.1f}" fill="{colour}">{kind}, {path}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, (kind, by_k) in zip(("tab:blue", "tab:red", "tab:green"), found.items(), strict=True):
+        for how, style in (("one chain", "o-"), ("promoted", "o:")):
+            errors = [paths[how]["Frobenius"] for paths in by_k.values()]
+            axes.plot(list(by_k), errors, style, color=colour, markersize=3, label=f"{kind}, {how}")
+    axes.axhline(2.0, color="gray", linestyle="--", linewidth=1, label="the report's 2%")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(LENGTHS, [str(k) for k in LENGTHS])
+    axes.set_xlabel("K, of codes in E4M3")
+    axes.set_ylabel("relative Frobenius error of the sum, %")
+    axes.grid(color="#ddd")
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

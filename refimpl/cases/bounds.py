@@ -44,7 +44,7 @@ from refimpl.cases.bounded import (
 )
 from refimpl.cases.format import upwards
 from refimpl.numerics import functions
-from refimpl.numerics.arithmetic import Array, Kept, Operand, Plain, Weight
+from refimpl.numerics.arithmetic import Array, Kept, Operand, Plain, Weight, dsoftmax, softmax
 from refimpl.numerics.contraction import contract, sum_
 
 Item = TypeVar("Item")
@@ -140,6 +140,12 @@ class Bounding:
         e = functions.exp(-np.abs(given.plain))
         value = np.where(given.plain >= 0, 1.0, e) / (1.0 + e)
         return _function(given, value, e / (1.0 + e) ** 2)
+
+    def softmax(self, x: Any) -> Any:
+        return softmax(self, x)
+
+    def dsoftmax(self, p: Any, dp: Any) -> Any:
+        return dsoftmax(self, p, dp)
 
     def segment_sum(self, x: Any, ids: Array, n: int) -> Any:
         given = settled(lift(x))

@@ -28,8 +28,7 @@ def forward(
     ar = c.ar
     scores = ar.at("attention.scores", ar.matmul(query, key) * scale)  # (B, H, S, S)
     scores = np.where(allowed, scores, -np.inf)
-    exps = ar.exp(scores - ar.max(scores)[..., None])  # (B, H, S, S)  masked keys give exactly 0
-    probs = ar.at("attention.probs", exps / ar.sum(exps)[..., None])  # (B, H, S, S)
+    probs = ar.at("attention.probs", ar.softmax(scores))  # (B, H, S, S)  masked keys give exactly 0
     out = ar.at("attention.out", ar.matmul(probs, value.swapaxes(-1, -2)))  # (B, H, S, Wv)
     kept = (
         ar.keep("attention.query", query),
@@ -45,8 +44,7 @@ def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array
     dprobs = c.joined(
         ar.at("d.attention.probs", ar.matmul(dout, saved.value.value())), "probs"
     )  # (B, H, S, S)
-    dscores = probs * (dprobs - ar.dot(dprobs, probs)[..., None])  # (B, H, S, S)
-    dscores = ar.at("d.attention.scores", dscores * scale)
+    dscores = ar.at("d.attention.scores", ar.dsoftmax(probs, dprobs) * scale)  # (B, H, S, S)
     dquery = ar.at("d.attention.query", ar.matmul(dscores, saved.key.value().swapaxes(-1, -2)))
     dkey = ar.at("d.attention.key", ar.matmul(dscores.swapaxes(-1, -2), saved.query.value().swapaxes(-1, -2)))
     dvalue = ar.at("d.attention.value", ar.matmul(probs.swapaxes(-1, -2), dout.swapaxes(-1, -2)))

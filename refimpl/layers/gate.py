@@ -71,7 +71,7 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     if c.config.scoring_func == "sigmoid":
         dlogits = dscores * scores * (1.0 - scores)  # (T, N)
     else:
-        dlogits = scores * (dscores - ar.dot(dscores, scores)[:, None])
+        dlogits = ar.dsoftmax(scores, dscores)
     dlogits = ar.at("d.gate.logits", c.joined(dlogits, "logits"))
     dy = ar.operand("gate.dy", dlogits)  # (T, N)
     grads.weight(c.name("weight"), c.microbatch, dy, saved.x)
@@ -135,10 +135,7 @@ def weight_rule(config: ModelConfig, choices: Choices) -> tuple[float, bool]:
 
 def _score(c: Context, logits: Array) -> Array:
     """logits (T, N)  ->  scores (T, N)."""
-    if c.config.scoring_func == "sigmoid":
-        return c.ar.sigmoid(logits)
-    exps = c.ar.exp(logits - c.ar.max(logits)[:, None])
-    return exps / c.ar.sum(exps)[:, None]
+    return c.ar.sigmoid(logits) if c.config.scoring_func == "sigmoid" else c.ar.softmax(logits)
 
 
 def _scatter(values: Array, idx: Array, like: Array) -> Array:

@@ -131,6 +131,12 @@ class Arithmetic(Protocol):
     def cos(self, x: Array) -> Array: ...
     def sigmoid(self, x: Array) -> Array: ...
 
+    def softmax(self, x: Array) -> Array:
+        """exp(x - max) / sum, over the last axis."""
+
+    def dsoftmax(self, p: Array, dp: Array) -> Array:
+        """p (dp - <dp, p>), over the last axis: the gradient of the argument, from softmax p."""
+
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         """x (T, D), ids (T,)  ->  (n, D): sums of the rows that share an id."""
 
@@ -208,6 +214,12 @@ class Exact:
         """1 / (1 + e) where x >= 0, else e / (1 + e), with e = exp(-|x|): no overflow, three roundings."""
         e = self.exp(-np.abs(x))
         return np.where(x >= 0, 1.0, e) / (1.0 + e)
+
+    def softmax(self, x: Array) -> Array:
+        return softmax(self, x)
+
+    def dsoftmax(self, p: Array, dp: Array) -> Array:
+        return dsoftmax(self, p, dp)
 
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         return contraction.segment_sum(x, ids, n)
@@ -308,9 +320,33 @@ class Floating:
         e += 1.0
         return np.reciprocal(e, out=e)
 
+    def softmax(self, x: Array) -> Array:
+        e = x - self.max(x)[..., None]
+        np.exp(e, out=e)
+        e /= self.sum(e)[..., None]
+        return e
+
+    def dsoftmax(self, p: Array, dp: Array) -> Array:
+        dx = dp - self.dot(dp, p)[..., None]
+        dx *= p
+        return dx
+
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         hot = sparse.csr_array((np.ones(len(ids), x.dtype), (ids, np.arange(len(ids)))), (n, len(ids)))
         return np.asarray(hot @ x)
 
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         return threads.each(call, items)
+
+
+def softmax(ar: Arithmetic, x: Array) -> Array:
+    """The formula of `Arithmetic.softmax`, step by step."""
+    e = ar.exp(x - ar.max(x)[..., None])
+    p: Array = e / ar.sum(e)[..., None]
+    return p
+
+
+def dsoftmax(ar: Arithmetic, p: Array, dp: Array) -> Array:
+    """The formula of `Arithmetic.dsoftmax`, step by step."""
+    dx: Array = p * (dp - ar.dot(dp, p)[..., None])
+    return dx

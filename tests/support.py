@@ -25,7 +25,8 @@ from refimpl.layers import rope
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.numerics.arithmetic import Exact, Floating, Weight
+from refimpl.numerics.arithmetic import Exact, Weight
+from refimpl.numerics.floating import Floating
 
 RECORDINGS = Path(__file__).parent / "recordings" / "models"
 STEP = 1e-30

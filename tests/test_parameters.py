@@ -6,7 +6,7 @@ import numpy as np
 import support
 
 from refimpl.checkpoint.weights import DictWeights
-from refimpl.numerics.arithmetic import Floating
+from refimpl.numerics.floating import Floating
 from refimpl.parameters import CachedParameters
 
 FLOAT64 = Floating(np.float64)

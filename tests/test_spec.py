@@ -16,9 +16,10 @@ import support
 
 import refimpl
 from refimpl.cases import judge, tolerances
-from refimpl.numerics.arithmetic import Floating, Operand
+from refimpl.numerics.arithmetic import Operand
 from refimpl.numerics.blockscale import QUANTISERS
 from refimpl.numerics.casts import CASTS
+from refimpl.numerics.floating import Floating
 from refimpl.numerics.gemm import KERNELS, NAMES
 from refimpl.numerics.recipe import SITES
 

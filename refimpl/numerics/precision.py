@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from refimpl.errors import Invalid
-from refimpl.numerics.arithmetic import Arithmetic, Exact, Floating
+from refimpl.numerics.arithmetic import Arithmetic, Exact
+from refimpl.numerics.floating import Floating
 from refimpl.numerics.recipe import RECIPES, Recipe, Rounded
 
 _PLAIN: dict[str, Callable[[], Arithmetic]] = {

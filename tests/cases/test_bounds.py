@@ -5,7 +5,7 @@ import pytest
 
 from refimpl.cases.bounded import ACCUMULATE, PENDING, PRODUCT, STORAGE, Bounded, lift, stored
 from refimpl.cases.bounds import Bounding
-from refimpl.numerics.arithmetic import Floating
+from refimpl.numerics.floating import Floating
 from refimpl.numerics.generator import tensor
 
 AR = Bounding()

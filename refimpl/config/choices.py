@@ -6,7 +6,7 @@ fill it.  A choice is neither the checkpoint's (ModelConfig) nor the training ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
@@ -249,12 +249,3 @@ PROFILES: Final[Mapping[str, Choices]] = {
         latent_norm_epsilon="config",
     ),
 }
-
-
-def table() -> Iterator[tuple[str, str, str]]:
-    """Rows (choice, alternative, who and what) of the table, the default marked."""
-    for choice in CHOICES:
-        for value, who in choice.alternatives.items():
-            shown = "null" if value == "null" else show(value).strip('"')
-            default = value == choice.default or (value == "null" and choice.default is None)
-            yield choice.name, shown + (" (default)" if default else ""), who

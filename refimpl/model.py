@@ -25,7 +25,7 @@ from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Unreadable, Unsupported
 from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
-from refimpl.layers import gate, loss, rope
+from refimpl.layers import gate, loss
 from refimpl.layers.batch import Batch, allowed
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
@@ -200,12 +200,9 @@ class Model:
             self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, bool(patterns)
         )
         if routing:
-            c = replace(
-                c,
-                ops=replace(self.ops, gate=gate.forced(read_routing(self.config, routing, given.ids.shape))),
-            )
+            c = replace(c, ops=gate.forced(self.ops, read_routing(self.config, routing, given.ids.shape)))
         count = self._target_count(given, target_count)
-        batch = self._batch(given)
+        batch = _batch(c, given)
         x, saved = given.ids.reshape(-1), []
         for unit in units(self.config):
             x, kept = unit_forward(c, unit, x, batch)
@@ -268,11 +265,6 @@ class Model:
             if name not in touched:
                 sink(name, gradient)
 
-    def _batch(self, given: Inputs) -> Batch:
-        tables = rope.tables(self.ar, self.config, self.choices, given.positions.reshape(-1))
-        size, length = given.ids.shape
-        return Batch(size, length, tables, allowed(given.segments))
-
     def _target_count(self, given: Inputs, target_count: int | None) -> int | None:
         """The divisor of the loss, checked; None without targets."""
         if given.targets is None:
@@ -309,6 +301,12 @@ class Model:
                 raise Invalid(f"cotangent {name} has shape {found}, but its tensor has {required}.")
             ready[name] = array
         return Cotangents(ready)
+
+
+def _batch(c: Context, given: Inputs) -> Batch:
+    tables = c.ops.tables(c, given.positions.reshape(-1))
+    size, length = given.ids.shape
+    return Batch(size, length, tables, allowed(given.segments))
 
 
 class GradientMap(Mapping[str, Array]):

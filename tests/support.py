@@ -178,7 +178,8 @@ def batch(
     cfg = cfg or config()
     places = np.tile(np.arange(length), size)
     segments = np.zeros((size, length), np.int64)
-    return Batch(size, length, rope.tables(ar, cfg, choices or Choices(), places), allowed(segments))
+    tables = rope.tables(context(cfg=cfg, ar=ar, choices=choices), places)
+    return Batch(size, length, tables, allowed(segments))
 
 
 def worst_gradient_error(

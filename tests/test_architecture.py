@@ -13,7 +13,19 @@ PACKAGE = Path(__file__).parent.parent / "refimpl"
 
 # From the top down; a layer imports itself and what stands below it.  So checkpoint may
 # read configurations, and layers both.
-ORDER = ("cli", "validate", "cases", "model", "layers", "checkpoint", "config", "numerics", "errors")
+ORDER = (
+    "cli",
+    "validate",
+    "cases",
+    "variants",
+    "programs",
+    "model",
+    "layers",
+    "checkpoint",
+    "config",
+    "numerics",
+    "errors",
+)
 MODEL = ("model", "inputs", "parameters")  # the modules of the layer `model`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
@@ -50,7 +62,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "cases/folder.py": {"np.prod": _SHAPE},
     "cases/format.py": {"np.prod": _SHAPE},
     "cases/noise.py": {"np.prod": _SHAPE},
-    "cases/programs.py": {".sum": _COUNTS},
+    "programs.py": {".sum": _COUNTS},
     "cases/claims.py": {"math.log2": "the bits of a claim, a whole number far from a tie"},
     "cases/definition.py": {"math.log2": "the nearest power of two, a whole number far from a tie"},
 }

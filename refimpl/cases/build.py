@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refimpl.cases import bits, certificate, decisions, format, programs, tolerances
+from refimpl import programs
+from refimpl.cases import bits, certificate, decisions, format, tolerances
 from refimpl.cases.bits import Bits
 from refimpl.cases.claims import CLAIMS
 from refimpl.cases.definition import Definition, Given
 from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
 from refimpl.cases.format import INPUT, PROBE, REQUIRED, WEIGHT, Case, Tensor
 from refimpl.cases.judging import InMemory, decided
-from refimpl.cases.programs import IDX, Outputs, Setting
 from refimpl.cases.tolerances import Judges
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Arithmetic, Array, Exact
+from refimpl.programs import IDX, Outputs, Setting
 
 AnyDefinition = Definition | Bits
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16

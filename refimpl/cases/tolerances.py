@@ -13,10 +13,10 @@ from refimpl.cases.bounds import Bounding
 from refimpl.cases.claims import PARTS
 from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
 from refimpl.cases.format import upwards
-from refimpl.cases.programs import Outputs
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.contraction import contract, mean
 from refimpl.numerics.formats import BF16, round_to
+from refimpl.programs import Outputs
 
 RUNS: Mapping[str, int] = {"storage": 4, "product": 2, "accumulate": 2}  # of the noise floor, of each kind
 Three = tuple[float, float, float]

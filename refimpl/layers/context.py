@@ -28,7 +28,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations that a model is built from.  A variant of the model is `replace(ops, gate=...)`."""
+    """The operations that a model is built from.  A variant of the model is `replace(ops, gate=...)`.
+
+    The last five have no gradient: they give constants, or the choice of experts.
+    """
 
     embedding: Op
     linear: Op
@@ -43,6 +46,11 @@ class Ops:
     block: Op
     head: Op
     loss: Op
+    frequencies: Callable[[ModelConfig, Choices], Array]  # (R/2,) of the rotary pairs
+    cos_sin_factor: Callable[[ModelConfig, Choices], float]
+    softmax_scale: Callable[[ModelConfig, Choices], float]
+    tables: Callable[[Context, Array], Any]  # positions (T,)  ->  rope.Tables
+    choose: Callable[[Context, Array], Array]  # scores (T, N)  ->  topk_idx (T, K)
 
 
 class Parameters(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
-from refimpl.layers.context import Context, Op, tensor
+from refimpl.layers.context import Context, Op, Ops, tensor
 from refimpl.numerics.arithmetic import Array, Operand
 from refimpl.numerics.gradients import Gradients
 
@@ -35,21 +35,13 @@ class Saved:
 
 def forward(c: Context, x: Array) -> tuple[Array, Array, Saved]:
     """x (T, D)  ->  topk_idx (T, K) int, topk_weight (T, K)."""
-    return _forward(c, x, None)
-
-
-def _forward(c: Context, x: Array, forced_idx: Array | None) -> tuple[Array, Array, Saved]:
-    ar, cfg = c.ar, c.config
+    ar = c.ar
     hidden = ar.operand("gate.in", x)  # (T, D)
     logits = ar.at("gate.logits", ar.matmul(hidden.value, c.array("weight")))  # (T, N)
     scores = ar.at("gate.scores", _score(c, logits))  # (T, N)
-    bias = c.array("e_score_correction_bias") if cfg.has_selection_bias else None  # (N,)
-    idx = forced_idx
-    if idx is None:
-        choice = scores if bias is None else ar.at("gate.choice", scores + bias)  # (T, N)
-        idx = select(ar.decide(choice), cfg, c.choices)  # (T, K)
+    idx = c.ops.choose(c, scores)  # (T, K)
     chosen = np.take_along_axis(scores, idx, -1)  # (T, K)
-    scale, normalised = weight_rule(cfg, c.choices)
+    scale, normalised = weight_rule(c.config, c.choices)
     if normalised:
         chosen = chosen / (ar.sum(chosen) + c.choices.topk_norm_epsilon)[:, None]
     weight = ar.at("gate.weights", chosen * scale)  # (T, K)
@@ -78,19 +70,30 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     return ar.at("d.gate.in", ar.matmul(dy.value, c.array("weight").T))  # (T, D)
 
 
-def forced(routing: Mapping[str, tuple[Array, Array | None]]) -> Op:
-    """The gate with the experts given: {path of the gate: (topk_idx (T, K), topk_weight (T, K) or None)}.
-    Given weights are constants; without them they come from the scores of the given experts."""
+def choose(c: Context, scores: Array) -> Array:
+    """scores (T, N)  ->  topk_idx (T, K) int: the experts of each token."""
+    choice = scores  # (T, N)
+    if c.config.has_selection_bias:
+        choice = c.ar.at("gate.choice", scores + c.array("e_score_correction_bias"))
+    return select(c.ar.decide(choice), c.config, c.choices)
 
-    def forced_forward(c: Context, x: Array) -> tuple[Array, Array, Saved]:
-        idx, weight = routing.get(c.path, (None, None))
-        idx, own, saved = _forward(c, x, idx)
+
+def forced(ops: Ops, routing: Mapping[str, tuple[Array, Array | None]]) -> Ops:
+    """The operations with the experts given: {path of the gate: (topk_idx (T, K), topk_weight (T, K) or
+    None)}.  Given weights are constants; without them they come from the scores of the given experts."""
+
+    def given_experts(c: Context, scores: Array) -> Array:
+        return routing[c.path][0] if c.path in routing else ops.choose(c, scores)
+
+    def given_weights(c: Context, x: Array) -> tuple[Array, Array, Saved]:
+        idx, own, saved = ops.gate.forward(c, x)
+        weight = routing.get(c.path, (None, None))[1]
         if weight is None:
             return idx, own, saved
         given = c.ar.array(weight)
         return idx, given, replace(saved, topk_weight=given, weight_given=True)
 
-    return Op(forced_forward, backward)
+    return replace(ops, choose=given_experts, gate=Op(given_weights, ops.gate.backward))
 
 
 def select(choice: Array, config: ModelConfig, choices: Choices) -> Array:

@@ -12,7 +12,6 @@ import numpy as np
 from refimpl.layers import attention, linear, norm
 from refimpl.layers.batch import Batch
 from refimpl.layers.context import Context, child, tensor
-from refimpl.layers.rope import softmax_scale
 from refimpl.numerics.arithmetic import Array, Operand
 from refimpl.numerics.gradients import Gradients
 
@@ -59,7 +58,7 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
         batch.heads(np.concatenate([query[..., :nope], q_pe], -1)),
         batch.heads(np.concatenate([up[..., :nope], shared], -1)),
         batch.heads(up[..., nope:]),
-        softmax_scale(cfg, c.choices),
+        c.ops.softmax_scale(cfg, c.choices),
         batch.allowed,
     )
     flat = batch.tokens(out).reshape(tokens, heads * cfg.v_head_dim)  # (T, H Wv)
@@ -85,7 +84,7 @@ def backward(c: Context, dy: Array, saved: Saved, batch: Batch, grads: Gradients
     tokens, heads, nope = dy.shape[0], cfg.num_attention_heads, cfg.qk_nope_head_dim
     dflat = ops.linear.backward(c.at("o_proj"), c.joined(dy), saved.o_proj, grads)  # (T, H Wv)
     dout = batch.heads(c.joined(dflat, "heads").reshape(tokens, heads, cfg.v_head_dim))
-    scale = softmax_scale(cfg, c.choices)
+    scale = c.ops.softmax_scale(cfg, c.choices)
     dquery, dkey, dvalue = map(batch.tokens, ops.attention.backward(c, dout, saved.attended, scale))
     dq_pe = ops.rope.backward(c, c.joined(dquery[..., nope:], "q_pe"), batch.tables)  # (T, H, R)
     dk_pe = c.joined(c.ar.sum(dkey[..., nope:], 1)[:, None], "k_pe")  # (T, 1, R)  summed over heads

@@ -38,4 +38,9 @@ DEEPSEEK_V3 = Ops(
     block=_op(block),
     head=_op(head),
     loss=_op(loss),
+    frequencies=rope.inverse_frequencies,
+    cos_sin_factor=rope.cos_sin_factor,
+    softmax_scale=rope.softmax_scale,
+    tables=rope.tables,
+    choose=gate.choose,
 )

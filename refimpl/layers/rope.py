@@ -17,7 +17,7 @@ from refimpl.config.model import ModelConfig
 from refimpl.config.rope import YarnScaling
 from refimpl.layers.context import Context
 from refimpl.numerics import functions
-from refimpl.numerics.arithmetic import Arithmetic, Array
+from refimpl.numerics.arithmetic import Array
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Tables:
     sin: Array
 
 
-def tables(ar: Arithmetic, config: ModelConfig, choices: Choices, positions: Array) -> Tables:
+def tables(c: Context, positions: Array) -> Tables:
     """positions (T,) int  ->  cos, sin (T, 1, R/2), both times the attention factor."""
-    angle = ar.array(positions)[:, None] * ar.array(inverse_frequencies(config, choices))  # (T, R/2)
-    factor = cos_sin_factor(config, choices)
+    ar, ops = c.ar, c.ops
+    angle = ar.array(positions)[:, None] * ar.array(ops.frequencies(c.config, c.choices))  # (T, R/2)
+    factor = ops.cos_sin_factor(c.config, c.choices)
     cos = ar.at("rope.table", ar.cos(angle) * factor)  # (T, R/2)
     sin = ar.at("rope.table", ar.sin(angle) * factor)
     return Tables(cos[:, None, :], sin[:, None, :])

@@ -10,6 +10,7 @@ from support import EXACT, FLOAT64, TOLERANCE, V2, bits, config, context, worst_
 
 from refimpl.config.choices import Choices
 from refimpl.layers import gate
+from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.gradients import Gradients
 
 HF = Choices()
@@ -283,8 +284,8 @@ class TestBackward:
 class TestForced:
     def run(self, routing, ar=EXACT, fields=None):
         cfg, values, bias, cotangent = drawn(fields or {})
-        op = gate.forced(routing)
-        c = context(values | bias, cfg=cfg, ar=ar)
+        ops = gate.forced(DEEPSEEK_V3, routing)
+        op, c = ops.gate, replace(context(values | bias, cfg=cfg, ar=ar), ops=ops)
         grads = Gradients(ar)
         idx, weight, saved = op.forward(c, values["x"])
         return idx, weight, op.backward(c, cotangent, saved, grads), grads.reduce()["m.weight"]
@@ -309,10 +310,10 @@ class TestForced:
         ids = np.zeros((6, 3), int) + [0, 4, 7]
         cfg, values, bias, cotangent = drawn({})
         _, _, dx, dweight = self.run({"m": (ids, None)}, FLOAT64)
-        op = gate.forced({"m": (ids, None)})
+        ops = gate.forced(DEEPSEEK_V3, {"m": (ids, None)})
 
         def forward(ar, at):
-            return op.forward(context(at | bias, cfg=cfg, ar=ar), at["x"])[1]
+            return ops.gate.forward(replace(context(at | bias, cfg=cfg, ar=ar), ops=ops), at["x"])[1]
 
         worst = worst_gradient_error(forward, values, {"x": dx, "weight": dweight}, cotangent)
         assert worst <= TOLERANCE
@@ -327,8 +328,8 @@ class TestForced:
     def test_with_given_weights_a_cotangent_of_the_scores_still_passes(self) -> None:
         ids, weights = np.zeros((6, 3), int) + [0, 4, 7], np.ones((6, 3))
         cfg, values, bias, cotangent = drawn({})
-        op, more = gate.forced({"m": (ids, weights)}), np.ones((6, 8))
-        c = context(values | bias, cfg=cfg, cotangents={"m.scores": more})
+        ops, more = gate.forced(DEEPSEEK_V3, {"m": (ids, weights)}), np.ones((6, 8))
+        op, c = ops.gate, replace(context(values | bias, cfg=cfg, cotangents={"m.scores": more}), ops=ops)
         assert op.backward(c, cotangent, op.forward(c, values["x"])[2], Gradients(FLOAT64)).any()
 
 

@@ -108,7 +108,7 @@ def test_only_distances_between_positions_matter() -> None:
     at = draw(cfg)
 
     def shifted(by: int):
-        tables = rope.tables(FLOAT64, cfg, Choices(), np.tile(np.arange(5), 2) + by)
+        tables = rope.tables(context(cfg=cfg), np.tile(np.arange(5), 2) + by)
         return run(FLOAT64, cfg, at, Batch(2, 5, tables, allowed(np.zeros(SHAPE, int))))[0]
 
     assert shifted(11) == pytest.approx(shifted(0), rel=1e-11, abs=1e-12)
@@ -127,7 +127,7 @@ def test_packed_sequences_are_as_alone_bit_for_bit_in_exact() -> None:
     cfg = config()
     at = draw(cfg)
     segments = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
-    tables = rope.tables(EXACT, cfg, Choices(), positions(segments).reshape(-1))
+    tables = rope.tables(context(cfg=cfg, ar=EXACT), positions(segments).reshape(-1))
     packed, _ = run(EXACT, cfg, at, Batch(1, 10, tables, allowed(segments)))
     alone, _ = run(EXACT, cfg, at | {"x": at["x"][3:8]}, batch(EXACT, 1, 5, cfg))
     assert bits(packed[3:8]) == bits(alone)

@@ -20,7 +20,7 @@ def interleaved(yes: bool, **more):
 
 
 def tables(cfg, positions, ar=FLOAT64, choices=HF):
-    return rope.tables(ar, cfg, choices, np.asarray(positions))
+    return rope.tables(context(cfg=cfg, ar=ar, choices=choices), np.asarray(positions))
 
 
 def turn(x, cfg, positions, ar=FLOAT64):

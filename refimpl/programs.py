@@ -8,7 +8,7 @@ same program gives the exact values, the error bounds and the noise, by changing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,9 @@ import numpy as np
 from refimpl.checkpoint.weights import DictWeights
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
-from refimpl.layers import attention, embedding, experts, gate, head, linear, loss, mla, mlp, moe, norm, rope
-from refimpl.layers import block as block_layer
+from refimpl.layers import gate, loss
 from refimpl.layers.batch import Batch, allowed, positions
-from refimpl.layers.context import Context, tensors
+from refimpl.layers.context import Context, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.model import Model
 from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
@@ -43,12 +42,14 @@ class Setting:
     inputs: Mapping[str, Array]
     weights: Mapping[str, Array]
     routing: Mapping[str, Array]  # path of a gate -> topk_idx (T, K) that is forced
+    ops: Ops = DEEPSEEK_V3
+    after: tuple[Callable[[Outputs], Outputs], ...] = ()  # what a variant does to the outputs, in this order
 
     @cached_property
     def context(self) -> Context:
-        ops = DEEPSEEK_V3
+        ops = self.ops
         if self.routing:
-            ops = replace(ops, gate=gate.forced({path: (idx, None) for path, idx in self.routing.items()}))
+            ops = gate.forced(ops, {path: (idx, None) for path, idx in self.routing.items()})
         return Context(self.ar, ops, _Given(self.ar, self.weights), self.config, self.choices, self.path)
 
     def array(self, name: str) -> Array:
@@ -61,7 +62,7 @@ class Setting:
         size, length = self.inputs["x"].shape[:2]
         segments = self.inputs.get("segment_ids", np.zeros((size, length), np.int64))
         places = self.inputs.get("position_ids", positions(segments))
-        tables = rope.tables(self.ar, self.config, self.choices, places.reshape(-1))
+        tables = self.ops.tables(self.context, places.reshape(-1))
         return Batch(size, length, tables, allowed(segments))
 
 
@@ -81,7 +82,10 @@ class _Given:
 
 def run(component: str, setting: Setting) -> Outputs:
     """name -> tensor, in the order of computation."""
-    return PROGRAMS[component](setting)
+    outputs = PROGRAMS[component](setting)
+    for change in setting.after:
+        outputs = change(outputs)
+    return outputs
 
 
 def _finish(s: Setting, y: Any, saved: Any, backward: Callable[[Any, Gradients], Any]) -> Outputs:
@@ -99,26 +103,27 @@ def _finish(s: Setting, y: Any, saved: Any, backward: Callable[[Any, Gradients],
 
 def _linear(s: Setting) -> Outputs:
     c = s.context
-    y, saved = linear.forward(c, s.ar.operand(f"{c.leaf}.in", s.array("x")))
-    return _finish(s, y, saved, lambda dy, grads: linear.backward(c, dy, saved, grads))
+    y, saved = c.ops.linear.forward(c, s.ar.operand(f"{c.leaf}.in", s.array("x")))
+    return _finish(s, y, saved, lambda dy, grads: c.ops.linear.backward(c, dy, saved, grads))
 
 
 def _embedding(s: Setting) -> Outputs:
     c = s.context
-    y, saved = embedding.forward(c, s.inputs["ids"])
-    return _finish(s, y, saved, lambda dy, grads: embedding.backward(c, dy, saved, grads))
+    y, saved = c.ops.embedding.forward(c, s.inputs["ids"])
+    return _finish(s, y, saved, lambda dy, grads: c.ops.embedding.backward(c, dy, saved, grads))
 
 
 def _norm(s: Setting) -> Outputs:
     c = s.context
-    y, saved = norm.forward(c, s.array("x"), s.arguments["eps"])
-    return _finish(s, y, saved, lambda dy, grads: norm.backward(c, dy, saved, grads))
+    y, saved = c.ops.norm.forward(c, s.array("x"), s.arguments["eps"])
+    return _finish(s, y, saved, lambda dy, grads: c.ops.norm.backward(c, dy, saved, grads))
 
 
 def _rope_tables(s: Setting) -> Outputs:
-    at = rope.tables(s.ar, s.config, s.choices, s.inputs["position_ids"])
-    frequencies = _constant(s.ar, rope.inverse_frequencies(s.config, s.choices))
-    scale = _constant(s.ar, np.array([rope.softmax_scale(s.config, s.choices)]))
+    c = s.context
+    at = c.ops.tables(c, s.inputs["position_ids"])
+    frequencies = _constant(s.ar, c.ops.frequencies(s.config, s.choices))
+    scale = _constant(s.ar, np.array([c.ops.softmax_scale(s.config, s.choices)]))
     parts = {"inv_freq": frequencies, "cos": at.cos[:, 0], "sin": at.sin[:, 0], "softmax_scale": scale}
     return {f"{s.path}.{name}": value for name, value in parts.items()}
 
@@ -132,45 +137,45 @@ def _constant(ar: Arithmetic, x: Array) -> Any:
 
 def _rope(s: Setting) -> Outputs:
     c = s.context
-    at = rope.tables(s.ar, s.config, s.choices, s.inputs["position_ids"])
+    at = c.ops.tables(c, s.inputs["position_ids"])
     out: Outputs = {}
     for name in ("q_pe", "k_pe"):
-        out[f"{s.path}.{name}"] = rope.forward(c, s.array(name), at)
+        out[f"{s.path}.{name}"] = c.ops.rope.forward(c, s.array(name), at)
     if s.backward:
         for name in ("q_pe", "k_pe"):
-            out[f"grad.{name}"] = rope.backward(c, s.array(f"d{name}"), at)
+            out[f"grad.{name}"] = c.ops.rope.backward(c, s.array(f"d{name}"), at)
     return out
 
 
 def _attention(s: Setting) -> Outputs:
     c = s.context
     query, key, value = (s.array(name) for name in ("query", "key", "value"))
-    scale = rope.softmax_scale(s.config, s.choices)
-    y, saved = attention.forward(c, query, key, value, scale, allowed(s.inputs["segment_ids"]))
+    scale = c.ops.softmax_scale(s.config, s.choices)
+    y, saved = c.ops.attention.forward(c, query, key, value, scale, allowed(s.inputs["segment_ids"]))
     out: Outputs = {name: array for name, array, _ in tensors(saved, s.path)}
     out[f"{s.path}.heads"] = y
     if s.backward:
-        parts = attention.backward(c, s.array("dy"), saved, scale)
+        parts = c.ops.attention.backward(c, s.array("dy"), saved, scale)
         out |= {f"grad.{name}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
     return out
 
 
 def _mla(s: Setting) -> Outputs:
     c, x = s.context, s.array("x")
-    y, saved = mla.forward(c, x.reshape(-1, x.shape[-1]), s.batch)
-    return _finish(s, y, saved, lambda dy, grads: mla.backward(c, dy, saved, s.batch, grads))
+    y, saved = c.ops.mla.forward(c, x.reshape(-1, x.shape[-1]), s.batch)
+    return _finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, saved, s.batch, grads))
 
 
 def _mlp(s: Setting) -> Outputs:
     c = s.context
-    y, saved = mlp.forward(c, s.ar.operand("mlp.in", s.array("x")))
-    return _finish(s, y, saved, lambda dy, grads: mlp.backward(c, dy, saved, grads))
+    y, saved = c.ops.mlp.forward(c, s.ar.operand("mlp.in", s.array("x")))
+    return _finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, saved, grads))
 
 
 def _gate(s: Setting) -> Outputs:
     c = s.context
     _, weight, saved = c.ops.gate.forward(c, s.array("x"))
-    out = _finish(s, weight, saved, lambda dy, grads: gate.backward(c, dy, saved, grads))
+    out = _finish(s, weight, saved, lambda dy, grads: c.ops.gate.backward(c, dy, saved, grads))
     out.pop(s.path, None)  # the weights again, under the path of the module
     return out
 
@@ -178,37 +183,37 @@ def _gate(s: Setting) -> Outputs:
 def _experts(s: Setting) -> Outputs:
     c, idx = s.context, s.inputs["topk_idx"]
     hidden = s.ar.operand("mlp.in", s.array("x"))
-    y, saved = experts.forward(c, hidden, idx, s.array("topk_weight"))
-    out = _finish(s, y, saved, lambda dy, grads: experts.backward(c, dy, saved, grads)[0])
+    y, saved = c.ops.experts.forward(c, hidden, idx, s.array("topk_weight"))
+    out = _finish(s, y, saved, lambda dy, grads: c.ops.experts.backward(c, dy, saved, grads)[0])
     if s.backward:
         dy = s.array("dy").reshape(y.shape)
-        out["grad.topk_weight"] = experts.backward(c, dy, saved, Gradients(s.ar))[1]
+        out["grad.topk_weight"] = c.ops.experts.backward(c, dy, saved, Gradients(s.ar))[1]
     return out
 
 
 def _moe(s: Setting) -> Outputs:
     c = s.context
-    y, saved = moe.forward(c, s.array("x"))
-    return _finish(s, y, saved, lambda dy, grads: moe.backward(c, dy, saved, grads))
+    y, saved = c.ops.moe.forward(c, s.array("x"))
+    return _finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, saved, grads))
 
 
 def _block(s: Setting) -> Outputs:
     c, x, dense = s.context, s.array("x"), not s.config.is_moe_layer(s.arguments["layer"])
-    y, saved = block_layer.forward(c, x.reshape(-1, x.shape[-1]), s.batch, dense)
-    return _finish(s, y, saved, lambda dy, grads: block_layer.backward(c, dy, saved, s.batch, dense, grads))
+    y, saved = c.ops.block.forward(c, x.reshape(-1, x.shape[-1]), s.batch, dense)
+    return _finish(s, y, saved, lambda dy, grads: c.ops.block.backward(c, dy, saved, s.batch, dense, grads))
 
 
 def _head_loss(s: Setting) -> Outputs:
     c, targets = s.context, s.inputs["targets"]
-    logits, saved = head.forward(c, s.array("x"))
+    logits, saved = c.ops.head.forward(c, s.array("x"))
     count = int((targets != loss.IGNORED).sum())
-    value, loss_saved = loss.forward(c, logits, targets, count)
+    value, loss_saved = c.ops.loss.forward(c, logits, targets, count)
     out: Outputs = {name: array for name, array, _ in (*tensors(saved, ""), *tensors(loss_saved, ""))}
     out["loss"] = value.reshape(1)
     if s.backward:
         grads = Gradients(s.ar)
-        dlogits = loss.backward(c, 1.0, loss_saved)
-        dx = head.backward(c, dlogits, saved, grads)
+        dlogits = c.ops.loss.backward(c, 1.0, loss_saved)
+        dx = c.ops.head.backward(c, dlogits, saved, grads)
         out["grad.logits"] = dlogits
         out |= {f"grad.{name}": gradient for name, gradient in sorted(grads.reduce().items())} | {
             "grad.x": dx
@@ -217,7 +222,7 @@ def _head_loss(s: Setting) -> Outputs:
 
 
 def _model(s: Setting) -> Outputs:
-    model = Model(s.config, DictWeights(s.config, s.weights), s.ar, s.choices)
+    model = Model(s.config, DictWeights(s.config, s.weights), s.ar, s.choices, s.ops)
     routing = {
         int(path.split(".")[2]): idx.reshape(*s.inputs["input_ids"].shape, -1)
         for path, idx in s.routing.items()

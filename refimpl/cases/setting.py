@@ -1,4 +1,4 @@
-"""A stored case as a program's setting, so that it can be computed again, in another arithmetic or changed."""
+"""A stored case as the setting of a program: to be computed again, changed, or in another arithmetic."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The mistakes of real ports, as changes: one file for each subject."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
 from refimpl.layers import loss
@@ -64,12 +65,29 @@ def read_inputs(
     if targets is not None:
         wanted = _wanted("targets", targets, ids, segments, config.vocab_size)
     elif labels is not None:
-        wanted = _shifted(_wanted("labels", labels, ids, segments, config.vocab_size), segments)
+        wanted = _next_labels(_wanted("labels", labels, ids, segments, config.vocab_size), segments)
     return Inputs(ids, segments, places, wanted)
 
 
+def shifted(given: Inputs, choices: Choices) -> Inputs:
+    """The inputs of the next MTP module: ids, targets, masks and segments one position to the left, together.
+    A position exists as long as the token after it is of the same segment.  SPEC MTP-2."""
+    follows = np.zeros(given.ids.shape, bool)
+    follows[:, :-1] = (given.segments[:, 1:] == given.segments[:, :-1]) & given.exists[:, :-1]
+
+    def left(x: Array, fill: int) -> Array:
+        moved = np.full(x.shape, fill, x.dtype)
+        moved[:, :-1] = x[:, 1:]
+        return np.where(follows, moved, fill)
+
+    segments = np.where(follows, given.segments, PADDING)
+    places = left(given.positions, 0) if choices.mtp_positions == "token" else given.positions
+    targets = None if given.targets is None else left(given.targets, loss.IGNORED)
+    return Inputs(left(given.ids, 0), segments, places, targets)
+
+
 def read_routing(
-    config: ModelConfig, routing: Mapping[int, Any], shape: tuple[int, ...]
+    config: ModelConfig, routing: Mapping[int, Any], shape: tuple[int, ...], modules: int = 0
 ) -> dict[str, tuple[Array, Array | None]]:
     """{layer: ids or (ids, weights)}  ->  {path of the gate: (ids (T, K), weights (T, K) or None)}.
 
@@ -80,7 +98,7 @@ def read_routing(
     if not isinstance(routing, Mapping):
         raise Invalid(f"routing is a {type(routing).__name__}, but it has to map layers to experts.")
     for layer, given in routing.items():
-        if layer not in range(config.num_hidden_layers) or not config.is_moe_layer(layer):
+        if layer not in range(config.num_hidden_layers + modules) or not config.is_moe_layer(layer):
             raise Invalid(f"routing names layer {layer!r}, but that is no layer with experts.")
         ids, weights = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         ids = _integers(f"routing of layer {layer}", ids)
@@ -150,7 +168,7 @@ def _in_range(name: str, x: Array, low: int, high: int, what: str) -> None:
         raise Invalid(f"{name} has {x[bad][0]} at {index}, but it has to be in [{low}, {high}): {what}.")
 
 
-def _shifted(labels: Array, segments: Array) -> Array:
+def _next_labels(labels: Array, segments: Array) -> Array:
     """labels (B, S)  ->  targets (B, S): the next token's label, none at the end of a segment."""
     targets = np.full(labels.shape, loss.IGNORED)
     same = segments[:, 1:] == segments[:, :-1]

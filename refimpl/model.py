@@ -1,6 +1,6 @@
 """The network: its units in order, forward and backward.  SPEC MODEL-1 to MODEL-6.
 
-A unit is the embedding, one decoder layer, or the final norm with the head.  The model knows nothing smaller.
+The model knows nothing smaller than a unit: see units.py.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
-from refimpl.errors import Invalid, Unreadable, Unsupported
-from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing
+from refimpl.errors import Invalid, Missing, Unreadable, Unsupported
+from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing, shifted
 from refimpl.layers import gate, loss
-from refimpl.layers.batch import Batch, allowed
+from refimpl.layers.batch import Batch, Tokens, allowed, positions
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
+from refimpl.losses import PART_OF, Divisors, balancing, counted, total
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.numerics.precision import arithmetic
 from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
+from refimpl.units import Unit, unit_backward, unit_forward, units
 
 Source = str | PathLike[str] | tuple[ModelConfig | Mapping[str, Any], Mapping[str, Any]]
 Sink = Callable[[str, Array], None]
@@ -58,15 +60,11 @@ def load(
         )
     if training is not None and not isinstance(training, TrainingConfig):
         raise Invalid(f"training is a {type(training).__name__}, but it has to be a TrainingConfig.")
-    if training is not None and (training.balance_loss_weight or training.mtp_loss_weight):
-        raise Unsupported(
-            "training has balance_loss_weight or mtp_loss_weight; only the main loss is computed here."
-        )
     chosen = choices if isinstance(choices, Choices) else Choices.named(choices)
     if config.has_selection_bias:
         chosen.group_score_count(config)  # refuses groups that are too small
     weights = weights.with_fp8_rounding(chosen.fp8_weights)
-    return Model(config, weights, arithmetic(precision), chosen)
+    return Model(config, weights, arithmetic(precision), chosen, training=training)
 
 
 def _open(source: Source) -> tuple[ModelConfig, Weights]:
@@ -87,55 +85,12 @@ def _open(source: Source) -> tuple[ModelConfig, Weights]:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A piece of the network that is computed, saved and freed as one."""
-
-    kind: str  # "embedding", "layer" or "head"
-    layer: int = -1
-
-    @property
-    def path(self) -> str:
-        return {"embedding": "model.embed_tokens", "layer": f"model.layers.{self.layer}", "head": ""}[
-            self.kind
-        ]
-
-
-def units(config: ModelConfig) -> list[Unit]:
-    """The units in the order of the forward pass."""
-    layers = [Unit("layer", i) for i in range(config.num_hidden_layers)]
-    return [Unit("embedding"), *layers, Unit("head")]
-
-
-def unit_forward(c: Context, unit: Unit, x: Array, batch: Batch) -> tuple[Array, Any]:
-    """x: ids (T,) for the embedding, else (T, D)  ->  (T, D), or logits (T, V) of the head."""
-    at = c.at(unit.path) if unit.path else c
-    if unit.kind == "embedding":
-        out: tuple[Array, Any] = c.ops.embedding.forward(at, x)
-    elif unit.kind == "head":
-        out = c.ops.head.forward(at, x)
-    else:
-        out = c.ops.block.forward(at, x, batch, not c.config.is_moe_layer(unit.layer))
-    return out
-
-
-def unit_backward(c: Context, unit: Unit, dy: Array, saved: Any, batch: Batch, grads: Gradients) -> Array:
-    """dy as the unit's output  ->  dx as its input; None from the embedding."""
-    at = c.at(unit.path) if unit.path else c
-    if unit.kind == "embedding":
-        dx: Array = c.ops.embedding.backward(at, dy, saved, grads)
-    elif unit.kind == "head":
-        dx = c.ops.head.backward(at, dy, saved, grads)
-    else:
-        dx = c.ops.block.backward(at, dy, saved, batch, not c.config.is_moe_layer(unit.layer), grads)
-    return dx
-
-
-@dataclass(frozen=True)
 class Result:
     """What a forward pass gives.
 
-    logits (B, S, V); loss and its unweighted parts where there are targets; `tensors` the named intermediates
-    that the trace selects, (B, S, ...) where tokens are the first axis.
+    logits (B, S, V); loss and its unweighted parts where there are targets: main, with a TrainingConfig also
+    mtp (the mean over modules) and balance (the sum over layers of the mean over sequences); `tensors` the
+    named intermediates that the trace selects, (B, S, ...) where tokens are the first axis.
     """
 
     logits: Array
@@ -148,19 +103,33 @@ class Result:
 @dataclass(frozen=True)
 class _Run:
     context: Context
-    batch: Batch
+    units: list[Unit]
+    tokens: list[Tokens]  # one for each depth
     saved: list[Any]  # one for each unit
-    loss: loss.Saved | None
+    losses: list[loss.Saved]  # one for each depth, or none
 
 
 class Model:
     """DeepSeek-V3 as the weights, an arithmetic, the choices and a record of operations define it."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, ar: Arithmetic, choices: Choices, ops: Ops = DEEPSEEK_V3
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ar: Arithmetic,
+        choices: Choices,
+        ops: Ops = DEEPSEEK_V3,
+        training: TrainingConfig | None = None,
     ) -> None:
         check(weights)
         self.config, self.weights, self.ar, self.choices, self.ops = config, weights, ar, choices, ops
+        self.training = training
+        self.modules = 0 if training is None else config.num_nextn_predict_layers
+        if self.modules and not weights.has_mtp:
+            raise Missing(
+                f"the configuration has {self.modules} MTP modules and training needs them, but the weights "
+                "have none of their tensors."
+            )
         self._parameters = CachedParameters(weights, ar)
         self._values_checked = False
 
@@ -175,7 +144,7 @@ class Model:
         routing: Mapping[int, Any] | None = None,
         trace: str | Sequence[str] = "*",
         *,
-        target_count: int | None = None,
+        divisors: Divisors | None = None,
         microbatch: int = 0,
     ) -> Result:
         """input_ids (B, S) int  ->  Result.
@@ -186,7 +155,7 @@ class Model:
         position_ids (B, S): by default counted from 0 in each segment.
         routing: {layer: topk_idx (B, S, K)} or {layer: (topk_idx, topk_weight)} forces the experts.
         trace: patterns of the tensors that `Result.tensors` shall have; () for none.
-        target_count: the divisor of the loss, when the batch is one microbatch of several.
+        divisors: of the losses, when the batch is one microbatch of several; see `Model.divisors`.
         Raises: Invalid, naming the argument.  SPEC MODEL-2.
         """
         if not self._values_checked:  # once, and before anything is computed
@@ -200,19 +169,42 @@ class Model:
             self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, bool(patterns)
         )
         if routing:
-            c = replace(c, ops=gate.forced(self.ops, read_routing(self.config, routing, given.ids.shape)))
-        count = self._target_count(given, target_count)
-        batch = _batch(c, given)
-        x, saved = given.ids.reshape(-1), []
-        for unit in units(self.config):
-            x, kept = unit_forward(c, unit, x, batch)
+            ready = read_routing(self.config, routing, given.ids.shape, self.modules)
+            c = replace(c, ops=gate.forced(self.ops, ready))
+        depths = self._depths(given)
+        divided = self._divided(depths, divisors)
+        tokens = [self._tokens(c, x, depths[0], divided, k) for k, x in enumerate(depths)]
+        every, x, logits, saved, losses = units(self.config, self.modules), None, None, [], []
+        values = []
+        for unit in every:
+            x, own, kept = unit_forward(c, unit, x, tokens[unit.depth])
             saved.append(kept)
-        value, loss_saved = self._loss(c, x, given, count)
-        run = _Run(c, batch, saved, loss_saved)
-        shape = given.ids.shape
-        named = dict(_named(run, self.config, patterns, shape))
-        losses = {} if value is None else {"main": value}
-        return Result(x.reshape(*shape, -1), value, losses, named, run)
+            if own is not None:
+                logits = own if logits is None else logits
+                if given.targets is not None:
+                    count = max(divided.targets[unit.depth], 1)
+                    value, loss_saved = self.ops.loss.forward(c, own, tokens[unit.depth].targets, count)
+                    values.append(float(value))
+                    losses.append(loss_saved)
+        assert logits is not None  # the head is a unit
+        run = _Run(c, every, tokens, saved, losses)
+        parts = self._parts(run, values, divided)
+        named = dict(_named(run, patterns, given.ids.shape))
+        value = total(parts, self.training) if parts else None
+        return Result(logits.reshape(*given.ids.shape, -1), value, parts, named, run)
+
+    def divisors(
+        self,
+        input_ids: npt.ArrayLike,
+        labels: npt.ArrayLike | None = None,
+        targets: npt.ArrayLike | None = None,
+        mask: npt.ArrayLike | None = None,
+        segment_ids: npt.ArrayLike | None = None,
+    ) -> Divisors:
+        """By what the losses of these inputs alone are divided; those of microbatches add up.  Raises
+        Invalid."""
+        given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, None)
+        return counted(self._depths(given), self.choices)
 
     def backward(
         self,
@@ -231,18 +223,16 @@ class Model:
         run, given = result._run, self._cotangents(result, cotangents or {})
         if run.context.parameters is not self._parameters:
             raise Invalid("result is of another model, but backward needs one of this model's own forward.")
-        if run.loss is None and not cotangents:
+        if not run.losses and not cotangents:
             raise Invalid(
                 "backward has neither a loss nor cotangents, but it needs targets, labels or cotangents."
             )
         c = replace(run.context, cotangents=given)
         grads = into if isinstance(into, Gradients) else self.gradients()
-        if run.loss is None:
-            dx = np.zeros_like(result.logits).reshape(-1, self.config.vocab_size)
-        else:
-            dx = self.ops.loss.backward(c, 1.0, run.loss)
-        for unit, saved in reversed(list(zip(units(self.config), run.saved, strict=True))):
-            dx = unit_backward(c, unit, dx, saved, run.batch, grads)
+        dx: Array | None = None
+        for unit, saved in reversed(list(zip(run.units, run.saved, strict=True))):
+            dlogits = self._dlogits(c, run, unit, result.logits) if unit.has_logits else None
+            dx = unit_backward(c, unit, dx, dlogits, saved, run.tokens[unit.depth], grads)
         given.check_taken()
         if isinstance(into, Gradients):
             return into
@@ -265,30 +255,64 @@ class Model:
             if name not in touched:
                 sink(name, gradient)
 
-    def _target_count(self, given: Inputs, target_count: int | None) -> int | None:
-        """The divisor of the loss, checked; None without targets."""
-        if given.targets is None:
-            return None
-        if target_count is None:
-            counted = (
-                given.exists if self.choices.loss_divisor == "positions" else given.targets != loss.IGNORED
-            )
-            count = int(counted.sum())
-            if count == 0:
-                raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
-            return count
-        if not isinstance(target_count, int | np.integer) or target_count < 1:
-            raise Invalid(f"target_count is {target_count!r}, but it has to be an integer of at least 1.")
-        return int(target_count)
+    def _depths(self, given: Inputs) -> list[Inputs]:
+        """The inputs of the main model and of each MTP module."""
+        depths = [given]
+        for _ in range(self.modules):
+            depths.append(shifted(depths[-1], self.choices))
+        return depths
 
-    def _loss(
-        self, c: Context, logits: Array, given: Inputs, count: int | None
-    ) -> tuple[float | None, loss.Saved | None]:
-        if count is None:
-            return None, None
-        assert given.targets is not None  # there is a count only with targets
-        value, saved = self.ops.loss.forward(c, logits, given.targets.reshape(-1), count)
-        return float(value), saved
+    def _tokens(self, c: Context, given: Inputs, main: Inputs, divided: Divisors, depth: int) -> Tokens:
+        size, length = given.ids.shape
+        batch = Batch(size, length, c.ops.tables(c, given.positions.reshape(-1)), allowed(given.segments))
+        balanced = None
+        if self.training is not None and self.config.n_routed_experts:
+            balanced = balancing(given, self.choices, self.training, divided.sequences[depth])
+        first = (positions(main.segments) == 0) & main.exists
+        targets = None if given.targets is None else given.targets.reshape(-1)
+        return Tokens(given.ids.reshape(-1), first.reshape(-1), batch, targets, balanced)
+
+    def _divided(self, depths: list[Inputs], given: Divisors | None) -> Divisors:
+        """The divisors of the losses, checked."""
+        own = counted(depths, self.choices)
+        if given is None:
+            if depths[0].targets is not None and own.targets[0] == 0:
+                raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
+            return own
+        if not isinstance(given, Divisors):
+            raise Invalid(f"divisors are {given!r}, but they have to be Divisors.")
+        sequences = given.sequences or own.sequences
+        if len(given.targets) != len(depths) or len(sequences) != len(depths):
+            raise Invalid(
+                f"divisors are {given}, but they have to have one entry for each of {len(depths)} depths."
+            )
+        if given.targets[0] < 1:
+            raise Invalid(f"divisors.targets begins with {given.targets[0]}, but at least 1 is required.")
+        return Divisors(given.targets, sequences)
+
+    def _parts(self, run: _Run, values: list[float], divided: Divisors) -> dict[str, float]:
+        """The unweighted parts of the loss."""
+        if not values:
+            return {}
+        parts = {"main": values[0]}
+        if self.modules:
+            parts["mtp"] = float(self.ar.sum(self.ar.array(values[1:]))) / self.modules
+        for unit, saved in zip(run.units, run.saved, strict=True):
+            balanced = getattr(getattr(_block(saved), "mlp", None), "balanced", None)
+            for kind, own in balanced.losses.items() if balanced is not None else ():
+                share = float(self.ar.sum(own)) / max(divided.sequences[unit.depth], 1)
+                parts[PART_OF[kind]] = parts.get(PART_OF[kind], 0.0) + share
+        return parts
+
+    def _dlogits(self, c: Context, run: _Run, unit: Unit, logits: Array) -> Array:
+        if not run.losses:
+            return np.zeros_like(logits).reshape(-1, self.config.vocab_size)
+        weight = 1.0
+        if unit.depth:
+            assert self.training is not None  # there are modules only with it
+            weight = self.training.mtp_loss_weight / self.modules
+        dlogits: Array = self.ops.loss.backward(c, weight, run.losses[unit.depth])
+        return dlogits
 
     def _cotangents(self, result: Result, given: Mapping[str, npt.ArrayLike]) -> Cotangents:
         ready = {}
@@ -301,12 +325,6 @@ class Model:
                 raise Invalid(f"cotangent {name} has shape {found}, but its tensor has {required}.")
             ready[name] = array
         return Cotangents(ready)
-
-
-def _batch(c: Context, given: Inputs) -> Batch:
-    tables = c.ops.tables(c, given.positions.reshape(-1))
-    size, length = given.ids.shape
-    return Batch(size, length, tables, allowed(given.segments))
 
 
 class GradientMap(Mapping[str, Array]):
@@ -328,13 +346,24 @@ class GradientMap(Mapping[str, Array]):
         return len(self._shapes)
 
 
-def _named(
-    run: _Run, config: ModelConfig, patterns: Sequence[str], shape: tuple[int, ...]
+def _block(saved: Any) -> Any:
+    """The saved decoder layer of a unit: its own, or an MTP module's."""
+    return getattr(saved, "layer", saved)
+
+
+def _named(run: _Run, patterns: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
+    if not patterns:
+        return
+    for unit, saved in zip(run.units, run.saved, strict=True):
+        yield from _selected(tensors(saved, unit.path), patterns, shape)
+    ends = [unit.path for unit in run.units if unit.has_logits]
+    for path, kept in zip(ends, run.losses, strict=False):
+        yield from _selected(tensors(kept, path), patterns, shape)
+
+
+def _selected(
+    found: Iterator[tuple[str, Array, bool]], patterns: Sequence[str], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Array]]:
-    parts = [(saved, unit.path) for unit, saved in zip(units(config), run.saved, strict=True)]
-    if run.loss is not None:
-        parts.append((run.loss, ""))
-    for saved, path in parts if patterns else []:
-        for name, array, per_token in tensors(saved, path):
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
-                yield name, array.reshape(*shape, *array.shape[1:]) if per_token else array
+    for name, array, per_token in found:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield name, array.reshape(*shape, *array.shape[1:]) if per_token else array

@@ -32,6 +32,7 @@ class CachedParameters:
 
     def array(self, name: str) -> Array:
         """A weight in the carrier's dtype."""
+        name = self._weights.canonical(name)
         array: Array | None = self._find((name, False))
         if array is None:
             array = self._ar.array(self._weights[name])
@@ -40,6 +41,7 @@ class CachedParameters:
 
     def weight(self, name: str) -> Weight:
         """A weight prepared for contractions."""
+        name = self._weights.canonical(name)
         weight: Weight | None = self._find((name, True))
         if weight is None:
             weight = self._ar.weight(self._weights[name])

@@ -26,7 +26,7 @@ ORDER = (
     "numerics",
     "errors",
 )
-MODEL = ("model", "inputs", "parameters")  # the modules of the layer `model`
+MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
 TOP = {name: i for i, name in enumerate(ORDER)}

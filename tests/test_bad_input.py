@@ -7,6 +7,7 @@ import pytest
 from support import config, model, one_sentence, random_weights
 
 import refimpl
+from refimpl.losses import Divisors
 
 CFG = config()
 ONE = model(CFG)
@@ -62,9 +63,9 @@ ARGUMENTS = [
     ({"segment_ids": [[0]]}, "segment_ids has shape (1, 1)", "(1, 3)"),
     ({"position_ids": [[0, 1, 64]]}, "position_ids has 64 at (0, 2)", "max_position_embeddings"),
     ({"position_ids": [[0, 1, -1]]}, "position_ids has -1 at (0, 2)", "[0, 64)"),
-    ({"labels": IDS, "target_count": 0}, "target_count is 0", "at least 1"),
-    ({"labels": IDS, "target_count": 2.5}, "target_count is 2.5", "integer"),
-    ({"labels": IDS, "target_count": "3"}, "target_count is '3'", "integer"),
+    ({"labels": IDS, "divisors": Divisors((0,))}, "divisors.targets begins with 0", "at least 1"),
+    ({"labels": IDS, "divisors": 3}, "divisors are 3", "Divisors"),
+    ({"labels": IDS, "divisors": Divisors((3, 3))}, "divisors are Divisors(targets=(3, 3)", "1 depths"),
     ({"trace": [1]}, "trace is [1]", "patterns"),
     ({"routing": [CHOSEN]}, "routing is a list", "map layers"),
     ({"routing": {0: CHOSEN}}, "routing names layer 0", "no layer with experts"),
@@ -173,12 +174,6 @@ LOADS = [
     ({"choices": "hff"}, refimpl.Invalid, 'choices are "hff"', "hf, official, report, megatron"),
     ({"choices": None}, refimpl.Invalid, "choices are null", "hf, official, report, megatron"),
     ({"training": {}}, refimpl.Invalid, "training is a dict", "TrainingConfig"),
-    (
-        {"training": refimpl.TrainingConfig()},
-        refimpl.Unsupported,
-        "training has balance_loss_weight",
-        "main loss",
-    ),
 ]
 
 
@@ -222,5 +217,5 @@ def test_nothing_is_computed_before_all_inputs_are_checked() -> None:
     one = refimpl.load((CFG, huge), "float64")
     refused(lambda: one.forward(IDS, labels=IDS, routing={1: CHOSEN * 0}), "names an expert twice")
     refused(lambda: one.forward(IDS, labels=[[1, 2, 29]]), "labels has 29")
-    refused(lambda: one.forward(IDS, labels=IDS, target_count=0), "target_count is 0")
+    refused(lambda: one.forward(IDS, labels=IDS, divisors=Divisors((0,))), "divisors.targets begins with 0")
     refused(lambda: one.forward(IDS, targets=[[-100] * 3]), "number of targets is 0")

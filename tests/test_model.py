@@ -12,6 +12,7 @@ from support import V2, bits, config, model, random_ids, random_weights, relativ
 
 import refimpl
 from refimpl.layers import loss
+from refimpl.losses import Divisors
 
 EXACT_MODEL = model(precision="exact")
 CFG = config()
@@ -26,7 +27,7 @@ def gradients_of(parts, deferred=False, one=EXACT_MODEL):
     grads = one.gradients(deferred)
     for number, rows in parts:
         result = one.forward(
-            IDS[rows], targets=TARGETS[rows], target_count=COUNT, microbatch=number, trace=()
+            IDS[rows], targets=TARGETS[rows], divisors=Divisors((COUNT,)), microbatch=number, trace=()
         )
         assert one.backward(result, into=grads) is grads
     return grads.reduce()
@@ -54,14 +55,16 @@ class TestMicrobatches:
     def test_losses_of_microbatches_add_up_to_the_loss(self) -> None:
         whole = EXACT_MODEL.forward(IDS, targets=TARGETS, trace=()).loss
         parts = [
-            EXACT_MODEL.forward(IDS[i : i + 1], targets=TARGETS[i : i + 1], target_count=COUNT, trace=()).loss
+            EXACT_MODEL.forward(
+                IDS[i : i + 1], targets=TARGETS[i : i + 1], divisors=Divisors((COUNT,)), trace=()
+            ).loss
             for i in range(4)
         ]
         assert sum(parts) == pytest.approx(whole, rel=1e-15)
 
     def test_a_microbatch_without_targets_adds_nothing(self) -> None:
         rows = np.full((1, 6), -100)
-        result = EXACT_MODEL.forward(IDS[:1], targets=rows, target_count=5)
+        result = EXACT_MODEL.forward(IDS[:1], targets=rows, divisors=Divisors((5,)))
         assert result.loss == 0.0
         assert not any(g.any() for g in EXACT_MODEL.backward(result).values())
 
@@ -82,7 +85,7 @@ class TestPacking:
         """Every document in a forward pass of its own: tensors and collected gradients."""
         grads, named = one.gradients(), []
         for number, (ids, aims) in enumerate(zip(DOCUMENTS, AIMS, strict=True)):
-            result = one.forward(ids[None], targets=aims[None], target_count=10, microbatch=number)
+            result = one.forward(ids[None], targets=aims[None], divisors=Divisors((10,)), microbatch=number)
             one.backward(result, into=grads)
             named.append(result.tensors)
         return named, grads.reduce()

@@ -137,6 +137,80 @@ CHOICES: Final[tuple[Choice, ...]] = (
         "targets",
         "a mean over what was summed",
     ),
+    Choice(
+        "mtp_concat",
+        "In which order does eh_proj of an MTP module read its two inputs?",
+        {
+            "embedding_first": f"[enorm(embedding); hnorm(hidden)]: {HF}, vLLM, SGLang, {MEGATRON}",
+            "hidden_first": f"[hidden; embedding]: {REPORT} eq. 21",
+        },
+        "embedding_first",
+        "the released weights need it: all four loaders agree",
+    ),
+    Choice(
+        "mtp_hidden",
+        "Which hidden state of the trunk does the first MTP module read?",
+        {
+            "after_norm": f"the output of model.norm: {HF}, vLLM, {MEGATRON}",
+            "before_norm": "the last layer's output, before model.norm: llama.cpp",
+        },
+        "after_norm",
+        "most loaders; the report is silent, and DeepSeek did not answer when asked",
+    ),
+    Choice(
+        "mtp_passes",
+        "What does an MTP module hand to the next one?",
+        {
+            "after_norm": f"the output of its shared_head.norm: {HF}, SGLang, {MEGATRON}",
+            "before_norm": f"the output of its block: {REPORT} eq. 22, vLLM",
+        },
+        "after_norm",
+        "as the trunk hands its normalised state to the first module",
+    ),
+    Choice(
+        "mtp_first_embedding",
+        "What is the embedding that an MTP module reads at the first position of a sequence?",
+        {"keep": f"that of the next token, as everywhere: {HF}, {MEGATRON}", "zero": "zeros: vLLM"},
+        "keep",
+        "ids are shifted already, so the token there is a real one; zeros are an artefact of inference",
+    ),
+    Choice(
+        "mtp_positions",
+        "Which rotary positions does MTP module k use at position i?",
+        {
+            "token": f"i + k, that of the token whose embedding it reads: {HF}",
+            "hidden": f"i, that of the hidden state: vLLM, {MEGATRON}",
+        },
+        "token",
+        "the profile's source; attention sees differences only, so no output but the rotated parts changes",
+    ),
+    Choice(
+        "mtp_loss_divisor",
+        "By what is the sum of an MTP module's cross-entropies divided?",
+        {
+            "targets": f"the number of its own targets: {MEGATRON}",
+            "positions": f"the number of positions T, although module k has T - k targets: {REPORT} eq. 24",
+        },
+        "targets",
+        "a mean over what was summed",
+    ),
+    Choice(
+        "balance_counts",
+        "Which experts does the sequence-wise balance loss count?",
+        {
+            "plain": f"the K best by unbiased score, without groups: {REPORT} eq. 18, {MEGATRON}",
+            "selected": f"those that the gate chose: {REMOTE} (V2)",
+        },
+        "plain",
+        "the equation as printed",
+    ),
+    Choice(
+        "balance_sequence",
+        "What is a sequence of the balance loss when documents are packed?",
+        {"row": f"a row of the batch: {MEGATRON}", "segment": "a document"},
+        "row",
+        "V3 was pre-trained on packed rows without masks between documents",
+    ),
 )
 
 _TABLE: Final = {choice.name: choice for choice in CHOICES}
@@ -160,6 +234,14 @@ class Choices:
     fp8_weights: str = _chosen("fp8_weights")
     latent_norm_epsilon: str = _chosen("latent_norm_epsilon")
     loss_divisor: str = _chosen("loss_divisor")
+    mtp_concat: str = _chosen("mtp_concat")
+    mtp_hidden: str = _chosen("mtp_hidden")
+    mtp_passes: str = _chosen("mtp_passes")
+    mtp_first_embedding: str = _chosen("mtp_first_embedding")
+    mtp_positions: str = _chosen("mtp_positions")
+    mtp_loss_divisor: str = _chosen("mtp_loss_divisor")
+    balance_counts: str = _chosen("balance_counts")
+    balance_sequence: str = _chosen("balance_sequence")
 
     def __post_init__(self) -> None:
         for choice in CHOICES:
@@ -240,6 +322,9 @@ PROFILES: Final[Mapping[str, Choices]] = {
         v2_topk_norm="ignore",
         group_score_size="topk_over_groups",
         loss_divisor="positions",
+        mtp_concat="hidden_first",
+        mtp_passes="before_norm",
+        mtp_loss_divisor="positions",
     ),
     "megatron": Choices(
         yarn_mscale_zero="remote",
@@ -247,5 +332,6 @@ PROFILES: Final[Mapping[str, Choices]] = {
         v2_topk_norm="ignore",
         group_score_size="topk_over_groups",
         latent_norm_epsilon="config",
+        mtp_positions="hidden",
     ),
 }

@@ -7,7 +7,7 @@ a leftover and never enters a loss.  Phases that change a value are pairs (from 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from refimpl.config.rules import Rule, integer, one_of, real, ruled, settle, show
@@ -46,6 +46,10 @@ class TrainingConfig:
         _phases(), "later values of lambda", default=((10_000_000_000_000, 0.1),)
     )
     balance_loss_weight: float = ruled(_FROM_ZERO, "alpha, weight of the balance loss", default=1e-4)
+    expert_balance_weight: float = ruled(_FROM_ZERO, "alpha 1, V2's expert-level loss", default=0.0)
+    device_balance_weight: float = ruled(_FROM_ZERO, "alpha 2, V2's device-level loss", default=0.0)
+    communication_balance_weight: float = ruled(_FROM_ZERO, "alpha 3, V2's communication loss", default=0.0)
+    balance_devices: int = ruled(integer(), "devices that the experts of V2's losses are on", default=8)
     bias_update_speed: float = ruled(_FROM_ZERO, "gamma, step of the selection bias", default=1e-3)
     bias_update_speed_phases: tuple[tuple[int, float], ...] = ruled(
         _phases(), "later values of gamma", default=((14_300_000_000_000, 0.0),)
@@ -90,9 +94,25 @@ class TrainingConfig:
                 )
         return cls(**given)
 
+    def at(self, tokens: int) -> TrainingConfig:
+        """With lambda and gamma as they are after that many tokens."""
+        return replace(
+            self,
+            mtp_loss_weight=_in_phase(self.mtp_loss_weight, self.mtp_loss_weight_phases, tokens),
+            bias_update_speed=_in_phase(self.bias_update_speed, self.bias_update_speed_phases, tokens),
+            mtp_loss_weight_phases=(),
+            bias_update_speed_phases=(),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only: phases as lists."""
         return {
             name: [list(pair) for pair in value] if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+
+
+def _in_phase(value: float, phases: tuple[tuple[int, float], ...], tokens: int) -> float:
+    for start, later in phases:
+        value = later if tokens >= start else value
+    return value

@@ -6,10 +6,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refimpl.layers.balance import Balancing
 from refimpl.layers.rope import Tables
 from refimpl.numerics.arithmetic import Array
 
 PADDING = -1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the units of one depth read: depth 0 is the main model, depth k is MTP module k, for which ids,
+    positions, masks and targets are shifted together."""
+
+    ids: Array  # (T,) int
+    first: Array  # (T,) bool: the first position of its sequence
+    batch: Batch
+    targets: Array | None = None  # (T,)
+    balancing: Balancing | None = None
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,12 @@ class Ops:
     mla: Op
     mlp: Op
     gate: Op
+    balance: Op
     experts: Op
     moe: Op
     block: Op
     head: Op
+    mtp: Op
     loss: Op
     frequencies: Callable[[ModelConfig, Choices], Array]  # (R/2,) of the rotary pairs
     cos_sin_factor: Callable[[ModelConfig, Choices], float]
@@ -79,6 +81,13 @@ class Cotangents:
             )
         return dy + given.reshape(dy.shape)
 
+    def plus(self, name: str, dy: Array) -> Cotangents:
+        """These, and a gradient that a loss inside of the network has for a named tensor."""
+        more = Cotangents({name: dy if name not in self._given else self._given[name] + dy})
+        more._given = self._given | more._given
+        more.taken = self.taken
+        return more
+
     def check_taken(self) -> None:
         """Raises Invalid if a given gradient met no tensor that takes one."""
         for name in self._given:
@@ -101,6 +110,7 @@ class Context:
     microbatch: int = 0
     probing: bool = True  # whether tensors that only a trace reads are saved
     cotangents: Cotangents = field(default_factory=lambda: Cotangents({}))
+    balancing: Any = None  # balance.Balancing, when the loss has balance losses
 
     def at(self, *names: str) -> Context:
         """The context of a submodule."""

@@ -13,6 +13,7 @@ from refimpl.numerics.gradients import Gradients
 
 @dataclass(frozen=True)
 class Saved:
+    hidden: Array  # (T, D)  the norm's output, which MTP modules read
     normed: norm.Saved = child("model.norm")
     lm_head: linear.Saved = child("lm_head")
     logits: Array = tensor("logits")  # (T, V)
@@ -23,11 +24,15 @@ def forward(c: Context, x: Array) -> tuple[Array, Saved]:
     ar, ops = c.ar, c.ops
     normed, norm_saved = ops.norm.forward(c.at("model", "norm"), x, c.config.rms_norm_eps)
     logits, head_saved = ops.linear.forward(c.at("lm_head"), ar.operand("lm_head.in", normed))
-    return logits, Saved(norm_saved, head_saved, logits)
+    return logits, Saved(normed, norm_saved, head_saved, logits)
 
 
-def backward(c: Context, dlogits: Array, saved: Saved, grads: Gradients) -> Array:
-    """dlogits (T, V)  ->  dx (T, D)."""
+def backward(
+    c: Context, dlogits: Array, saved: Saved, grads: Gradients, dhidden: Array | None = None
+) -> Array:
+    """dlogits (T, V), dhidden (T, D) from the first MTP module  ->  dx (T, D)."""
     dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), saved.lm_head, grads)
+    if dhidden is not None:
+        dnormed = c.ar.at("d.hidden", dnormed + dhidden)  # (T, D)
     dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.normed, grads)
     return dx

@@ -4,6 +4,7 @@ from types import ModuleType
 
 from refimpl.layers import (
     attention,
+    balance,
     block,
     embedding,
     experts,
@@ -14,6 +15,7 @@ from refimpl.layers import (
     mla,
     mlp,
     moe,
+    mtp,
     norm,
     rope,
 )
@@ -33,10 +35,12 @@ DEEPSEEK_V3 = Ops(
     mla=_op(mla),
     mlp=_op(mlp),
     gate=_op(gate),
+    balance=_op(balance),
     experts=_op(experts),
     moe=_op(moe),
     block=_op(block),
     head=_op(head),
+    mtp=_op(mtp),
     loss=_op(loss),
     frequencies=rope.inverse_frequencies,
     cos_sin_factor=rope.cos_sin_factor,

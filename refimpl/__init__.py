@@ -1,5 +1,6 @@
 """The executable specification of DeepSeek-V3 in NumPy, forward and backward, with golden vectors."""
 
+from refimpl import training
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
@@ -24,4 +25,5 @@ __all__ = [
     "__version__",
     "load",
     "preset",
+    "training",
 ]

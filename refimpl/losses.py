@@ -19,7 +19,7 @@ from refimpl.inputs import Inputs
 from refimpl.layers import loss
 from refimpl.layers.balance import Balancing
 from refimpl.layers.batch import PADDING
-from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.arithmetic import Arithmetic, Array
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,34 @@ def balance_weights(training: TrainingConfig) -> Mapping[str, float]:
         "communication": training.communication_balance_weight,
     }
     return {"sequence": training.balance_loss_weight} | {kind: w for kind, w in v2.items() if w}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the losses are sums of.  nll: for each depth (M,);  balance: (kind, layer, depth) -> (B,)."""
+
+    nll: tuple[Array, ...]
+    balance: Mapping[tuple[str, int, int], Array]
+
+
+def joined(terms: Sequence[Terms]) -> Terms:
+    """The terms of a batch, from its microbatches."""
+    nll = tuple(np.concatenate(parts) for parts in zip(*(one.nll for one in terms), strict=True))
+    return Terms(nll, {key: np.concatenate([one.balance[key] for one in terms]) for key in terms[0].balance})
+
+
+def parts(ar: Arithmetic, terms: Terms, divided: Divisors) -> dict[str, float]:
+    """The unweighted parts of the loss: main, mtp (the mean over modules), balance (the sum over layers)."""
+    if not terms.nll:
+        return {}
+    means = [float(ar.sum(nll)) / max(n, 1) for nll, n in zip(terms.nll, divided.targets, strict=True)]
+    found = {"main": means[0]}
+    if len(means) > 1:
+        found["mtp"] = float(ar.sum(ar.array(means[1:]))) / (len(means) - 1)
+    for (kind, _, depth), losses in terms.balance.items():
+        share = float(ar.sum(losses)) / max(divided.sequences[depth], 1)
+        found[PART_OF[kind]] = found.get(PART_OF[kind], 0.0) + share
+    return found
 
 
 PART_OF = {  # kind of balance loss -> its name among the parts of the loss

@@ -25,11 +25,11 @@ from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Missing, Unreadable, Unsupported
 from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing, shifted
-from refimpl.layers import gate, loss
+from refimpl.layers import balance, gate, loss
 from refimpl.layers.batch import Batch, Tokens, allowed, positions
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.losses import PART_OF, Divisors, balancing, counted, total
+from refimpl.losses import Divisors, Terms, balancing, counted, parts, total
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.numerics.precision import arithmetic
@@ -97,7 +97,26 @@ class Result:
     loss: float | None
     losses: Mapping[str, float]
     tensors: Mapping[str, Array]
+    terms: Terms  # what the parts of the loss are sums of
     _run: _Run
+
+    @property
+    def tokens(self) -> int:
+        """How many positions exist."""
+        return int(np.count_nonzero(self._run.tokens[0].exists))
+
+    @property
+    def counts(self) -> Mapping[int, Array]:
+        """Layer -> (B, N) int: the tokens of each sequence that go to each expert, padding left out."""
+        found = {}
+        for unit, block in self._run.blocks():
+            gating = getattr(block.mlp, "gating", None)
+            if gating is not None:
+                tokens, size = self._run.tokens[unit.depth], len(self.logits)
+                of = np.repeat(np.arange(size), self.logits.shape[1])
+                idx = gating.topk_idx[tokens.exists]
+                found[unit.layer] = balance.counts(idx, of[tokens.exists], size, gating.scores.shape[1])
+        return found
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,20 @@ class _Run:
     tokens: list[Tokens]  # one for each depth
     saved: list[Any]  # one for each unit
     losses: list[loss.Saved]  # one for each depth, or none
+
+    def blocks(self) -> Iterator[tuple[Unit, Any]]:
+        """Every unit with a decoder layer, and what that saved."""
+        for unit, saved in zip(self.units, self.saved, strict=True):
+            if unit.layer >= 0:
+                yield unit, getattr(saved, "layer", saved)
+
+    def terms(self) -> Terms:
+        balanced = {
+            (kind, unit.layer, unit.depth): losses
+            for unit, block in self.blocks()
+            for kind, losses in getattr(getattr(block.mlp, "balanced", None), "losses", {}).items()
+        }
+        return Terms(tuple(saved.nll for saved in self.losses), balanced if self.losses else {})
 
 
 class Model:
@@ -175,7 +208,6 @@ class Model:
         divided = self._divided(depths, divisors)
         tokens = [self._tokens(c, x, depths[0], divided, k) for k, x in enumerate(depths)]
         every, x, logits, saved, losses = units(self.config, self.modules), None, None, [], []
-        values = []
         for unit in every:
             x, own, kept = unit_forward(c, unit, x, tokens[unit.depth])
             saved.append(kept)
@@ -183,15 +215,14 @@ class Model:
                 logits = own if logits is None else logits
                 if given.targets is not None:
                     count = max(divided.targets[unit.depth], 1)
-                    value, loss_saved = self.ops.loss.forward(c, own, tokens[unit.depth].targets, count)
-                    values.append(float(value))
-                    losses.append(loss_saved)
+                    losses.append(self.ops.loss.forward(c, own, tokens[unit.depth].targets, count)[1])
         assert logits is not None  # the head is a unit
         run = _Run(c, every, tokens, saved, losses)
-        parts = self._parts(run, values, divided)
+        terms = run.terms()
+        shares = parts(self.ar, terms, divided)
         named = dict(_named(run, patterns, given.ids.shape))
-        value = total(parts, self.training) if parts else None
-        return Result(logits.reshape(*given.ids.shape, -1), value, parts, named, run)
+        value = total(shares, self.training) if shares else None
+        return Result(logits.reshape(*given.ids.shape, -1), value, shares, named, terms, run)
 
     def divisors(
         self,
@@ -270,7 +301,8 @@ class Model:
             balanced = balancing(given, self.choices, self.training, divided.sequences[depth])
         first = (positions(main.segments) == 0) & main.exists
         targets = None if given.targets is None else given.targets.reshape(-1)
-        return Tokens(given.ids.reshape(-1), first.reshape(-1), batch, targets, balanced)
+        ids, exists = given.ids.reshape(-1), given.exists.reshape(-1)
+        return Tokens(ids, first.reshape(-1), exists, batch, targets, balanced)
 
     def _divided(self, depths: list[Inputs], given: Divisors | None) -> Divisors:
         """The divisors of the losses, checked."""
@@ -289,20 +321,6 @@ class Model:
         if given.targets[0] < 1:
             raise Invalid(f"divisors.targets begins with {given.targets[0]}, but at least 1 is required.")
         return Divisors(given.targets, sequences)
-
-    def _parts(self, run: _Run, values: list[float], divided: Divisors) -> dict[str, float]:
-        """The unweighted parts of the loss."""
-        if not values:
-            return {}
-        parts = {"main": values[0]}
-        if self.modules:
-            parts["mtp"] = float(self.ar.sum(self.ar.array(values[1:]))) / self.modules
-        for unit, saved in zip(run.units, run.saved, strict=True):
-            balanced = getattr(getattr(_block(saved), "mlp", None), "balanced", None)
-            for kind, own in balanced.losses.items() if balanced is not None else ():
-                share = float(self.ar.sum(own)) / max(divided.sequences[unit.depth], 1)
-                parts[PART_OF[kind]] = parts.get(PART_OF[kind], 0.0) + share
-        return parts
 
     def _dlogits(self, c: Context, run: _Run, unit: Unit, logits: Array) -> Array:
         if not run.losses:
@@ -344,11 +362,6 @@ class GradientMap(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-
-def _block(saved: Any) -> Any:
-    """The saved decoder layer of a unit: its own, or an MTP module's."""
-    return getattr(saved, "layer", saved)
 
 
 def _named(run: _Run, patterns: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:

@@ -37,6 +37,20 @@ def _phases() -> Rule:
     return Rule("pairs (tokens, value)", convert)
 
 
+def _shares() -> Rule:
+    """A tuple of rising numbers."""
+
+    def convert(value: Any) -> tuple[float, ...]:
+        if not isinstance(value, list | tuple):
+            raise Invalid(f"training shares are {show(value)}, but they must be a list of numbers.")
+        shares = tuple(_FROM_ZERO.settle("training share", share) for share in value)
+        if list(shares) != sorted(set(shares)):
+            raise Invalid(f"training shares are {show(shares)}, but they must rise.")
+        return shares
+
+    return Rule("rising numbers", convert)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What a training run decides.  Raises Invalid when a field breaks its rule."""
@@ -61,6 +75,18 @@ class TrainingConfig:
     )
     weight_decay: float = ruled(_FROM_ZERO, "decoupled weight decay", default=0.1)
     clip_norm: float = ruled(real(), "largest global norm of the gradient", default=1.0)
+    clip_epsilon: float = ruled(
+        _FROM_ZERO, "added to the norm that clips; torch's clip_grad_norm_ has 1e-6", default=1e-6
+    )
+    weight_decay_on: str = ruled(
+        one_of("all", "matrices"), "every parameter, or those of two dimensions; not published", default="all"
+    )
+    ema_decay: float = ruled(
+        real(high=1.0, strict=False), "of the parameters' average, 0 for none; not published", default=0.0
+    )
+    learning_rate_schedule: str = ruled(
+        one_of("cosine", "steps", "constant"), "V3's, V2's, or none after the rise", default="cosine"
+    )
     learning_rate: float = ruled(_FROM_ZERO, "peak", default=2.2e-4)
     warmup_steps: int = ruled(_TOKENS, "steps of the linear rise from 0 to the peak", default=2000)
     constant_tokens: int = ruled(_TOKENS, "tokens until which the peak is held", default=10_000_000_000_000)
@@ -70,6 +96,10 @@ class TrainingConfig:
         _TOKENS, "tokens at the cosine's end before the last phase", default=333_000_000_000
     )
     final_learning_rate: float = ruled(_FROM_ZERO, "last phase, to the end", default=7.3e-6)
+    decay_factor: float = ruled(_FROM_ZERO, "of the rate at each of decay_shares (V2)", default=0.316)
+    decay_shares: tuple[float, ...] = ruled(
+        _shares(), "of total_tokens, after which the rate decays (V2)", default=(0.6, 0.9)
+    )
     total_tokens: int = ruled(_TOKENS, "tokens of the run", default=14_800_000_000_000)
     sequence_length: int = ruled(integer(), "tokens of a sequence", default=4096)
     batch_sequences: int = ruled(integer(), "sequences of a step at the beginning", default=3072)
@@ -107,9 +137,13 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only: phases as lists."""
         return {
-            name: [list(pair) for pair in value] if isinstance(value, tuple) else value
+            name: _listed(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+
+
+def _listed(value: tuple[Any, ...]) -> list[Any]:
+    return [list(x) if isinstance(x, tuple) else x for x in value]
 
 
 def _in_phase(value: float, phases: tuple[tuple[int, float], ...], tokens: int) -> float:

@@ -20,6 +20,7 @@ class Tokens:
 
     ids: Array  # (T,) int
     first: Array  # (T,) bool: the first position of its sequence
+    exists: Array  # (T,) bool: not padding
     batch: Batch
     targets: Array | None = None  # (T,)
     balancing: Balancing | None = None

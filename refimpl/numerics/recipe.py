@@ -38,6 +38,12 @@ SITES = {
     "moe.out": "routed and shared experts together",
     "residual": "the residual stream",
     "lm_head.out": "the logits",
+    "optim.master": "the weights that the optimiser updates",
+    "optim.weight": "the weights that the model reads",
+    "optim.moment1": "the first moment of AdamW",
+    "optim.moment2": "the second moment of AdamW",
+    "optim.bias": "the selection bias",
+    "optim.ema": "the average of the parameters",
     "d.*": "the gradient of the value at the site that follows",
 }
 
@@ -82,6 +88,9 @@ RECIPES = {
             Rule("norm.normed", "bf16", "recorded", f"{_HF}: cast before the gain"),
             Rule("lm_head.out", "fp32", "modelled", "the loss is taken in float32"),
             Rule("d.logits", "bf16", "modelled", "the gradient that enters the head's Dgrad and Wgrad"),
+            Rule("optim.moment*", "bf16", "recorded", "report section 3.3.3: moments in BF16"),
+            Rule("optim.weight", "bf16", "recorded", "every weight is read in bfloat16"),
+            Rule("optim.*", "fp32", "recorded", "report section 3.3.3: master weights in FP32"),
             Rule("*", "bf16", "recorded", "every activation is stored in bfloat16"),
         ),
     ),

@@ -1,0 +1,17 @@
+"""Balancing without an auxiliary loss: the selection bias after a step.  SPEC BIAS-3; report section 2.1.2.
+
+bias[i] += speed * sign(mean(load) - load[i]), with the load of the whole batch, padding left out.  An expert
+of exactly mean load is left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.numerics.arithmetic import Arithmetic, Array
+
+
+def update(ar: Arithmetic, bias: Array, load: Array, speed: float) -> Array:
+    """bias (N,), load (N,) int  ->  (N,).  The sign is taken of integers: sum - N load."""
+    sign = np.sign(np.add.reduce(load) - load.size * load)
+    return ar.at("optim.bias", bias + speed * ar.array(sign))

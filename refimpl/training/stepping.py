@@ -1,0 +1,125 @@
+"""One training step.  SPEC STEP-2 to STEP-5.
+
+In this order: divisors of the whole batch; each microbatch forward and backward into one collection of
+gradients; their norm and clipping; AdamW; the selection biases, from the counts of this step's routing; the
+average; the counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add as plus
+from typing import Any
+
+import numpy as np
+
+from refimpl.checkpoint.names import BIAS
+from refimpl.errors import Invalid
+from refimpl.losses import joined, parts, total
+from refimpl.model import GradientMap, Model
+from refimpl.numerics.arithmetic import Array
+from refimpl.training import adamw, bias, loads
+from refimpl.training.schedules import learning_rate
+from refimpl.training.state import State
+
+Microbatch = Mapping[str, Any]  # arguments of Model.forward: input_ids, labels or targets, mask, routing, ...
+_COUNTED = ("input_ids", "labels", "targets", "mask", "segment_ids")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step did.  losses: the unweighted parts; loads: layer -> (N,) tokens of each expert."""
+
+    step: int
+    tokens: int  # of this step
+    loss: float
+    losses: Mapping[str, float]
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    clip: float
+    loads: loads.Loads
+
+    @property
+    def max_violation(self) -> Mapping[int, float]:
+        """layer -> MaxVio."""
+        return {layer: loads.max_violation(load) for layer, load in self.loads.items()}
+
+
+def step(state: State, batch: Sequence[Microbatch]) -> tuple[State, Report]:
+    """The state after one step on a batch: its microbatches, of all data ranks, in a stated order.
+
+    Raises: Invalid for bad input, and for a loss or gradient that is not finite, naming the first tensor.
+    """
+    if not isinstance(batch, Sequence) or not batch or not all(isinstance(one, Mapping) for one in batch):
+        raise Invalid("the batch has to be a sequence of at least one microbatch, each a mapping.")
+    model, ar, training = state.model, state.ar, state.model.training
+    assert training is not None  # the state gave it
+    divisors = reduce(plus, (_divisors(model, one) for one in batch))
+    if not divisors.targets[0]:
+        raise Invalid("the number of targets is 0, but a step needs one that is not -100 or padding.")
+    grads, terms, counts, seen = model.gradients(), [], [], 0
+    for number, one in enumerate(batch):
+        result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
+        model.backward(result, into=grads)
+        terms.append(result.terms)
+        counts.append(result.counts)
+        seen += result.tokens
+    losses = parts(ar, joined(terms), divisors)
+    if not all(np.isfinite(value) for value in losses.values()):
+        raise _not_finite(state, batch)
+    gradients = GradientMap(model.weights, ar, grads.reduce())
+    norm = adamw.norm(ar, gradients.values())
+    if not np.isfinite(norm):
+        name = next(n for n, g in gradients.items() if not np.isfinite(g).all())
+        raise Invalid(f"step {state.steps + 1}: the gradient of {name} is not finite, but it has to be.")
+    clip = adamw.clip_coefficient(training, norm)
+    rate = learning_rate(training, state.steps, state.tokens)
+    load = loads.add(counts)
+    after = _after(state, gradients, clip, rate, load)
+    after = replace(after, steps=state.steps + 1, tokens=state.tokens + seen)
+    report = Report(after.steps, seen, total(losses, training), losses, rate, norm, clip, load)
+    return after, report
+
+
+def _divisors(model: Model, one: Microbatch) -> Any:
+    return model.divisors(**{name: one[name] for name in _COUNTED if name in one})
+
+
+def _after(
+    state: State, gradients: Mapping[str, Array], clip: float, rate: float, load: loads.Loads
+) -> State:
+    """Weights, moments, biases and the average after the step."""
+    ar, training = state.ar, state.model.training
+    assert training is not None
+    powers = state.powers.next(training)
+    weights, first, second = dict(state.weights), {}, {}
+    average: dict[str, Array] = {}
+    for name, gradient in gradients.items():
+        old = (state.weights[name], state.first[name], state.second[name])
+        g = gradient if clip == 1.0 else gradient * clip
+        made = adamw.update(ar, training, rate, powers, *old, g)
+        weights[name], first[name], second[name] = made
+        if state.average:
+            average[name] = adamw.average(ar, training.ema_decay, state.average[name], weights[name])
+    for layer, counts in load.items():
+        name = f"model.layers.{layer}.{BIAS}"
+        if name in weights and training.bias_update_speed:
+            weights[name] = bias.update(ar, weights[name], counts, training.bias_update_speed)
+    return replace(state, weights=weights, first=first, second=second, average=average, powers=powers)
+
+
+def _not_finite(state: State, batch: Sequence[Microbatch]) -> Invalid:
+    """The first tensor, in the order of computation, that is not finite."""
+    for number, one in enumerate(batch):
+        with np.errstate(all="ignore"):
+            result = state.model.forward(**one)
+        for name, value in result.tensors.items():
+            masked = name.endswith("self_attn.scores")
+            if np.isnan(value).any() or (np.isinf(value).any() and not masked):
+                return Invalid(
+                    f"step {state.steps + 1}: the loss is not finite; the first tensor that is not is {name} "
+                    f"of microbatch {number}."
+                )
+    return Invalid(f"step {state.steps + 1}: the loss is not finite, although all named tensors are.")

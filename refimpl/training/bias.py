@@ -13,5 +13,5 @@ from refimpl.numerics.arithmetic import Arithmetic, Array
 
 def update(ar: Arithmetic, bias: Array, load: Array, speed: float) -> Array:
     """bias (N,), load (N,) int  ->  (N,).  The sign is taken of integers: sum - N load."""
-    sign = np.sign(np.add.reduce(load) - load.size * load)
+    sign = np.sign(load.sum() - load.size * load)
     return ar.at("optim.bias", bias + speed * ar.array(sign))

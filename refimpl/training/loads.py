@@ -19,18 +19,18 @@ def add(parts: Iterable[Mapping[int, Array]]) -> Loads:
     total: Loads = {}
     for part in parts:
         for layer, counts in part.items():
-            own = np.add.reduce(counts, axis=0)
+            own = counts.sum(0)
             total[layer] = total[layer] + own if layer in total else own
     return total
 
 
 def max_violation(load: Array) -> float:
     """(max - mean) / mean of (N,) counts; 0 when nothing was routed."""
-    total = int(np.add.reduce(load))
+    total = int(load.sum())
     return (int(load.max()) * load.size - total) / total if total else 0.0
 
 
 def shares(load: Array) -> Array:
     """(..., N) counts  ->  each expert's share of the tokens' choices, 1 / N when all are equal."""
-    total = np.add.reduce(load, axis=-1, keepdims=True)
+    total = load.sum(-1, keepdims=True)
     return np.asarray(load / np.maximum(total, 1))

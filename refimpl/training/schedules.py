@@ -1,7 +1,7 @@
 """What changes in the course of a run, as functions of the steps and tokens seen.  SPEC SCHED-1 to SCHED-4.
 
 V3 (report, sections 4.2 and 4.3): linear rise over 2000 steps, a constant until 10T tokens, a cosine to a
-tenth over 4.3T, that for 333B and 7.3e-6 for the rest; 3072 to 15360 sequences a step over the first 469B tokens.
+tenth over 4.3T, that for 333B and 7.3e-6 for the rest; 3072 to 15360 sequences a step over 469B tokens.
 V2 (sections 3.1.2 and 3.1.4): linear rise, then 0.316 of the rate at 60% and again at 90% of the tokens.
 """
 

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
 from refimpl.layers import loss
-from refimpl.layers.batch import PADDING, positions
+from refimpl.layers.batch import PADDING, Inputs, positions
 from refimpl.numerics.arithmetic import Array
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All (B, S)."""
-
-    ids: Array
-    segments: Array  # PADDING where a position does not exist
-    positions: Array
-    targets: Array | None
-
-    @property
-    def exists(self) -> Array:
-        return np.not_equal(self.segments, PADDING)
 
 
 def read_inputs(
@@ -67,23 +51,6 @@ def read_inputs(
     elif labels is not None:
         wanted = _next_labels(_wanted("labels", labels, ids, segments, config.vocab_size), segments)
     return Inputs(ids, segments, places, wanted)
-
-
-def shifted(given: Inputs, choices: Choices) -> Inputs:
-    """The inputs of the next MTP module: ids, targets, masks and segments one position to the left, together.
-    A position exists as long as the token after it is of the same segment.  SPEC MTP-2."""
-    follows = np.zeros(given.ids.shape, bool)
-    follows[:, :-1] = (given.segments[:, 1:] == given.segments[:, :-1]) & given.exists[:, :-1]
-
-    def left(x: Array, fill: int) -> Array:
-        moved = np.full(x.shape, fill, x.dtype)
-        moved[:, :-1] = x[:, 1:]
-        return np.where(follows, moved, fill)
-
-    segments = np.where(follows, given.segments, PADDING)
-    places = left(given.positions, 0) if choices.mtp_positions == "token" else given.positions
-    targets = None if given.targets is None else left(given.targets, loss.IGNORED)
-    return Inputs(left(given.ids, 0), segments, places, targets)
 
 
 def read_routing(

@@ -15,10 +15,9 @@ import numpy as np
 from refimpl.config.choices import Choices
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid
-from refimpl.inputs import Inputs
 from refimpl.layers import loss
 from refimpl.layers.balance import Balancing
-from refimpl.layers.batch import PADDING
+from refimpl.layers.batch import PADDING, Inputs
 from refimpl.numerics.arithmetic import Arithmetic, Array
 
 

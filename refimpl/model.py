@@ -24,9 +24,9 @@ from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Missing, Unreadable, Unsupported
-from refimpl.inputs import Inputs, read_inputs, read_numbers, read_routing, shifted
+from refimpl.inputs import read_inputs, read_numbers, read_routing
 from refimpl.layers import balance, gate, loss
-from refimpl.layers.batch import Batch, Tokens, allowed, positions
+from refimpl.layers.batch import Batch, Inputs, Tokens, allowed, positions
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.losses import Divisors, Terms, balancing, counted, parts, total
@@ -108,14 +108,22 @@ class Result:
     @property
     def counts(self) -> Mapping[int, Array]:
         """Layer -> (B, N) int: the tokens of each sequence that go to each expert, padding left out."""
+        size = len(self.logits)
+        of = np.repeat(np.arange(size), self.logits.shape[1])
+        return {
+            layer: balance.counts(idx, of[exists], size, scores.shape[1])
+            for layer, (exists, scores, idx) in self.gates.items()
+        }
+
+    @property
+    def gates(self) -> Mapping[int, tuple[Array, Array, Array]]:
+        """Layer -> which positions exist (T,), and of these n the scores (n, N) and chosen experts (n, K)."""
         found = {}
         for unit, block in self._run.blocks():
             gating = getattr(block.mlp, "gating", None)
             if gating is not None:
-                tokens, size = self._run.tokens[unit.depth], len(self.logits)
-                of = np.repeat(np.arange(size), self.logits.shape[1])
-                idx = gating.topk_idx[tokens.exists]
-                found[unit.layer] = balance.counts(idx, of[tokens.exists], size, gating.scores.shape[1])
+                exists = self._run.tokens[unit.depth].exists
+                found[unit.layer] = (exists, gating.scores[exists], gating.topk_idx[exists])
         return found
 
 
@@ -290,7 +298,7 @@ class Model:
         """The inputs of the main model and of each MTP module."""
         depths = [given]
         for _ in range(self.modules):
-            depths.append(shifted(depths[-1], self.choices))
+            depths.append(self.ops.shifted(depths[-1], self.choices))
         return depths
 
     def _tokens(self, c: Context, given: Inputs, main: Inputs, divided: Divisors, depth: int) -> Tokens:

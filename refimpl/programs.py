@@ -7,77 +7,22 @@ same program gives the exact values, the error bounds and the noise, by changing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from refimpl.checkpoint.weights import DictWeights
-from refimpl.config.choices import Choices
-from refimpl.config.model import ModelConfig
-from refimpl.layers import gate, loss
-from refimpl.layers.batch import Batch, allowed, positions
-from refimpl.layers.context import Context, Ops, tensors
-from refimpl.layers.ops import DEEPSEEK_V3
+from refimpl.layers import loss
+from refimpl.layers.batch import allowed
+from refimpl.layers.context import tensors
 from refimpl.model import Model
-from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
+from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
+from refimpl.setting import IDX, Outputs, Setting, finish
+from refimpl.training_programs import TRAINING_PROGRAMS
 
-Outputs = dict[str, Any]
-IDX = ".topk_idx"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A component with its data, in an arithmetic."""
-
-    ar: Arithmetic
-    config: ModelConfig
-    choices: Choices
-    path: str
-    backward: bool
-    arguments: Mapping[str, Any]
-    inputs: Mapping[str, Array]
-    weights: Mapping[str, Array]
-    routing: Mapping[str, Array]  # path of a gate -> topk_idx (T, K) that is forced
-    ops: Ops = DEEPSEEK_V3
-    after: tuple[Callable[[Outputs], Outputs], ...] = ()  # what a variant does to the outputs, in this order
-
-    @cached_property
-    def context(self) -> Context:
-        ops = self.ops
-        if self.routing:
-            ops = gate.forced(ops, {path: (idx, None) for path, idx in self.routing.items()})
-        return Context(self.ar, ops, _Given(self.ar, self.weights), self.config, self.choices, self.path)
-
-    def array(self, name: str) -> Array:
-        """An input as the arithmetic's array."""
-        return self.ar.array(self.inputs[name])
-
-    @cached_property
-    def batch(self) -> Batch:
-        """Of x (B, S, ...): positions and segments as given, else counted, and one segment."""
-        size, length = self.inputs["x"].shape[:2]
-        segments = self.inputs.get("segment_ids", np.zeros((size, length), np.int64))
-        places = self.inputs.get("position_ids", positions(segments))
-        tables = self.ops.tables(self.context, places.reshape(-1))
-        return Batch(size, length, tables, allowed(segments))
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Weights by checkpoint name, for one run."""
-
-    ar: Arithmetic
-    values: Mapping[str, Array]
-
-    def array(self, name: str) -> Array:
-        return self.ar.array(self.values[name])
-
-    def weight(self, name: str) -> Weight:
-        return self.ar.weight(self.values[name])
+__all__ = ["IDX", "PROGRAMS", "Outputs", "Setting", "run"]
 
 
 def run(component: str, setting: Setting) -> Outputs:
@@ -88,35 +33,22 @@ def run(component: str, setting: Setting) -> Outputs:
     return outputs
 
 
-def _finish(s: Setting, y: Any, saved: Any, backward: Callable[[Any, Gradients], Any]) -> Outputs:
-    """The saved tensors with the output, and the gradients for the cotangent `dy` of the output."""
-    out: Outputs = {name: array for name, array, _ in tensors(saved, s.path)}
-    out.setdefault(s.path, y)
-    if s.backward:
-        grads = Gradients(s.ar)
-        dx = backward(s.array("dy").reshape(y.shape), grads)
-        out |= {f"grad.{name}": gradient for name, gradient in sorted(grads.reduce().items())}
-        if dx is not None:
-            out["grad.x"] = dx.reshape(s.inputs["x"].shape)
-    return out
-
-
 def _linear(s: Setting) -> Outputs:
     c = s.context
     y, saved = c.ops.linear.forward(c, s.ar.operand(f"{c.leaf}.in", s.array("x")))
-    return _finish(s, y, saved, lambda dy, grads: c.ops.linear.backward(c, dy, saved, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.linear.backward(c, dy, saved, grads))
 
 
 def _embedding(s: Setting) -> Outputs:
     c = s.context
     y, saved = c.ops.embedding.forward(c, s.inputs["ids"])
-    return _finish(s, y, saved, lambda dy, grads: c.ops.embedding.backward(c, dy, saved, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.embedding.backward(c, dy, saved, grads))
 
 
 def _norm(s: Setting) -> Outputs:
     c = s.context
     y, saved = c.ops.norm.forward(c, s.array("x"), s.arguments["eps"])
-    return _finish(s, y, saved, lambda dy, grads: c.ops.norm.backward(c, dy, saved, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.norm.backward(c, dy, saved, grads))
 
 
 def _rope_tables(s: Setting) -> Outputs:
@@ -163,19 +95,19 @@ def _attention(s: Setting) -> Outputs:
 def _mla(s: Setting) -> Outputs:
     c, x = s.context, s.array("x")
     y, saved = c.ops.mla.forward(c, x.reshape(-1, x.shape[-1]), s.batch)
-    return _finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, saved, s.batch, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, saved, s.batch, grads))
 
 
 def _mlp(s: Setting) -> Outputs:
     c = s.context
     y, saved = c.ops.mlp.forward(c, s.ar.operand("mlp.in", s.array("x")))
-    return _finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, saved, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, saved, grads))
 
 
 def _gate(s: Setting) -> Outputs:
     c = s.context
     _, weight, saved = c.ops.gate.forward(c, s.array("x"))
-    out = _finish(s, weight, saved, lambda dy, grads: c.ops.gate.backward(c, dy, saved, grads))
+    out = finish(s, weight, saved, lambda dy, grads: c.ops.gate.backward(c, dy, saved, grads))
     out.pop(s.path, None)  # the weights again, under the path of the module
     return out
 
@@ -184,7 +116,7 @@ def _experts(s: Setting) -> Outputs:
     c, idx = s.context, s.inputs["topk_idx"]
     hidden = s.ar.operand("mlp.in", s.array("x"))
     y, saved = c.ops.experts.forward(c, hidden, idx, s.array("topk_weight"))
-    out = _finish(s, y, saved, lambda dy, grads: c.ops.experts.backward(c, dy, saved, grads)[0])
+    out = finish(s, y, saved, lambda dy, grads: c.ops.experts.backward(c, dy, saved, grads)[0])
     if s.backward:
         dy = s.array("dy").reshape(y.shape)
         out["grad.topk_weight"] = c.ops.experts.backward(c, dy, saved, Gradients(s.ar))[1]
@@ -194,13 +126,13 @@ def _experts(s: Setting) -> Outputs:
 def _moe(s: Setting) -> Outputs:
     c = s.context
     y, saved = c.ops.moe.forward(c, s.array("x"))
-    return _finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, saved, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, saved, grads))
 
 
 def _block(s: Setting) -> Outputs:
     c, x, dense = s.context, s.array("x"), not s.config.is_moe_layer(s.arguments["layer"])
     y, saved = c.ops.block.forward(c, x.reshape(-1, x.shape[-1]), s.batch, dense)
-    return _finish(s, y, saved, lambda dy, grads: c.ops.block.backward(c, dy, saved, s.batch, dense, grads))
+    return finish(s, y, saved, lambda dy, grads: c.ops.block.backward(c, dy, saved, s.batch, dense, grads))
 
 
 def _head_loss(s: Setting) -> Outputs:
@@ -256,4 +188,5 @@ PROGRAMS: dict[str, Callable[[Setting], Outputs]] = {
     "block": _block,
     "head_loss": _head_loss,
     "model": _model,
+    **TRAINING_PROGRAMS,
 }

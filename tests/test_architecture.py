@@ -28,6 +28,7 @@ ORDER = (
     "errors",
 )
 MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
+PROGRAMS = ("programs", "setting", "training_programs")  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
 TOP = {name: i for i, name in enumerate(ORDER)}
@@ -96,6 +97,8 @@ def layer(module: str) -> str | None:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in ROOTS:
         return None
+    if parts[1] in PROGRAMS:
+        return "programs"
     return "model" if parts[1] in MODEL else parts[1]
 
 

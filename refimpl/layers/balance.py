@@ -122,4 +122,5 @@ def _factors(c: Context, kind: str, idx: Array, of: Array, tokens: Array) -> Arr
         np.put_along_axis(sent, device, 1, -1)
         grouped = np.stack([np.bincount(of, sent[:, d], given.number) for d in range(given.devices)], -1)
         factor = ar.array(grouped * given.devices) / (divisor * float(cfg.kept_groups))
-    return np.repeat(factor, width, -1)
+    repeated: Array = factor[:, np.arange(experts) // width]
+    return repeated

@@ -14,6 +14,20 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a depth of the model is given, all (B, S)."""
+
+    ids: Array
+    segments: Array  # PADDING where a position does not exist
+    positions: Array
+    targets: Array | None
+
+    @property
+    def exists(self) -> Array:
+        return np.not_equal(self.segments, PADDING)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """What the units of one depth read: depth 0 is the main model, depth k is MTP module k, for which ids,
     positions, masks and targets are shifted together."""

@@ -30,7 +30,7 @@ class Op:
 class Ops:
     """The operations that a model is built from.  A variant of the model is `replace(ops, gate=...)`.
 
-    The last five have no gradient: they give constants, or the choice of experts.
+    The last six have no gradient: they give constants, the choice of experts, or what is read.
     """
 
     embedding: Op
@@ -53,6 +53,7 @@ class Ops:
     softmax_scale: Callable[[ModelConfig, Choices], float]
     tables: Callable[[Context, Array], Any]  # positions (T,)  ->  rope.Tables
     choose: Callable[[Context, Array], Array]  # scores (T, N)  ->  topk_idx (T, K)
+    shifted: Callable[[Any, Choices], Any]  # Inputs of one depth  ->  those of the next MTP module
 
 
 class Parameters(Protocol):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.layers import block, embedding, linear, norm
-from refimpl.layers.batch import Tokens
+from refimpl.config.choices import Choices
+from refimpl.layers import block, embedding, linear, loss, norm
+from refimpl.layers.batch import PADDING, Inputs, Tokens
 from refimpl.layers.context import Context, child
 from refimpl.numerics.arithmetic import Array
 from refimpl.numerics.gradients import Gradients
@@ -75,3 +76,20 @@ def backward(
     ops.embedding.backward(c.at("embed_tokens"), de, saved.embedded, grads)
     dhidden: Array = ops.norm.backward(c.at("hnorm"), dh, saved.hnorm, grads)
     return dhidden
+
+
+def shifted(given: Inputs, choices: Choices) -> Inputs:
+    """The inputs of the next MTP module: ids, targets, masks and segments one position to the left, together.
+    A position exists as long as the token after it is of the same segment.  SPEC MTP-2."""
+    follows = np.zeros(given.ids.shape, bool)
+    follows[:, :-1] = (given.segments[:, 1:] == given.segments[:, :-1]) & given.exists[:, :-1]
+
+    def left(x: Array, fill: int) -> Array:
+        moved = np.full(x.shape, fill, x.dtype)
+        moved[:, :-1] = x[:, 1:]
+        return np.where(follows, moved, fill)
+
+    segments = np.where(follows, given.segments, PADDING)
+    places = left(given.positions, 0) if choices.mtp_positions == "token" else given.positions
+    targets = None if given.targets is None else left(given.targets, loss.IGNORED)
+    return Inputs(left(given.ids, 0), segments, places, targets)

@@ -47,4 +47,5 @@ DEEPSEEK_V3 = Ops(
     softmax_scale=rope.softmax_scale,
     tables=rope.tables,
     choose=gate.choose,
+    shifted=mtp.shifted,
 )

@@ -29,15 +29,16 @@ class Powers:
         return replace(self, beta1=self.beta1 * training.adam_beta1, beta2=self.beta2 * training.adam_beta2)
 
 
-def norm(ar: Arithmetic, gradients: Iterable[Array]) -> float:
-    """The global 2-norm: the sum of squares of each tensor, then the sum of these, then the root."""
+def norm(ar: Arithmetic, gradients: Iterable[Array]) -> Array:
+    """The global 2-norm (): the sum of squares of each tensor, then the sum of these, then the root."""
     squares = [ar.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]
-    return float(ar.sqrt(ar.sum(ar.array(squares))))
+    return ar.sqrt(ar.sum(np.stack(squares)))
 
 
-def clip_coefficient(training: TrainingConfig, total: float) -> float:
-    """What all gradients are multiplied by; 1 where the norm is small enough."""
-    return min(1.0, training.clip_norm / (total + training.clip_epsilon))
+def clip_coefficient(ar: Arithmetic, training: TrainingConfig, total: Array) -> Array | float:
+    """What all gradients are multiplied by; 1.0 where the norm is small enough."""
+    coefficient = training.clip_norm / (total + training.clip_epsilon)
+    return coefficient if ar.decide(coefficient) < 1.0 else 1.0
 
 
 def update(

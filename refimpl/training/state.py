@@ -12,10 +12,15 @@ from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid
+from refimpl.layers.context import Ops
+from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.model import Model
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.precision import arithmetic
+from refimpl.numerics.recipe import Recipe
 from refimpl.training.adamw import Powers
+from refimpl.training.rules import DEEPSEEK_V3 as RULES
+from refimpl.training.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class State:
     config: ModelConfig
     training: TrainingConfig
     choices: Choices
-    precision: str
+    ar: Arithmetic
     weights: Mapping[str, Array]  # parameters and selection biases by checkpoint name
     first: Mapping[str, Array]  # moments of the parameters
     second: Mapping[str, Array]
@@ -36,17 +41,21 @@ class State:
     powers: Powers = field(default_factory=Powers)
     steps: int = 0
     tokens: int = 0
+    ops: Ops = DEEPSEEK_V3
+    rules: Rules = RULES
 
-    @cached_property
-    def ar(self) -> Arithmetic:
-        return arithmetic(self.precision)
+    @property
+    def precision(self) -> str:
+        """The name of the arithmetic."""
+        return self.ar.name
 
     @cached_property
     def model(self) -> Model:
         """The model that the weights make, with lambda and gamma as they are now."""
         read = {name: self.ar.at("optim.weight", w) for name, w in self.weights.items()}
         weights = DictWeights(self.config, read)
-        return Model(self.config, weights, self.ar, self.choices, training=self.training.at(self.tokens))
+        now = self.rules.at(self.training, self.tokens)
+        return Model(self.config, weights, self.ar, self.choices, self.ops, now)
 
 
 def start(
@@ -54,14 +63,14 @@ def start(
     weights: Weights | Mapping[str, Array],
     training: TrainingConfig,
     choices: str | Choices = "hf",
-    precision: str = "exact",
+    precision: str | Recipe | Arithmetic = "exact",
+    ops: Ops = DEEPSEEK_V3,
+    rules: Rules = RULES,
 ) -> State:
     """The state before the first step: moments are zeros, the average is the weights.
 
     Raises: Invalid for names that are missing or unknown.
     """
-    if not isinstance(precision, str):
-        raise Invalid(f"precision is {precision!r}, but a state needs the name of one, to be saved.")
     ar = arithmetic(precision)
     given = weights if isinstance(weights, Weights) else DictWeights(config, weights)
     specs = {name: spec for name, spec in names.parameters(config).items() if spec.kind != "scale"}
@@ -74,9 +83,11 @@ def start(
         config,
         training,
         choices if isinstance(choices, Choices) else Choices.named(choices),
-        precision,
+        ar,
         masters,
         {name: ar.zeros(masters[name].shape) for name in learned},
         {name: ar.zeros(masters[name].shape) for name in learned},
         {name: masters[name] for name in learned} if training.ema_decay else {},
+        ops=ops,
+        rules=rules,
     )

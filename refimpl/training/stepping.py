@@ -17,14 +17,14 @@ import numpy as np
 
 from refimpl.checkpoint.names import BIAS
 from refimpl.errors import Invalid
-from refimpl.losses import joined, parts, total
+from refimpl.losses import Divisors, joined, parts, total
 from refimpl.model import GradientMap, Model
 from refimpl.numerics.arithmetic import Array
-from refimpl.training import adamw, bias, loads
-from refimpl.training.schedules import learning_rate
+from refimpl.training import loads
 from refimpl.training.state import State
 
 Microbatch = Mapping[str, Any]  # arguments of Model.forward: input_ids, labels or targets, mask, routing, ...
+Counts = Sequence[Mapping[int, Array]]  # of each microbatch: layer -> (B, N) int
 _COUNTED = ("input_ids", "labels", "targets", "mask", "segment_ids")
 
 
@@ -47,66 +47,87 @@ class Report:
         return {layer: loads.max_violation(load) for layer, load in self.loads.items()}
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What the microbatches of a batch gave, before anything is updated."""
+
+    gradients: Mapping[str, Array]  # of every parameter
+    losses: Mapping[str, float]
+    counts: Counts
+    gates: Sequence[Mapping[int, tuple[Array, Array, Array]]]  # of each microbatch, see Result.gates
+    tokens: int
+
+
 def step(state: State, batch: Sequence[Microbatch]) -> tuple[State, Report]:
     """The state after one step on a batch: its microbatches, of all data ranks, in a stated order.
 
     Raises: Invalid for bad input, and for a loss or gradient that is not finite, naming the first tensor.
     """
+    training, rules = state.model.training, state.rules
+    assert training is not None  # the state gave it
+    seen = collect(state, batch)
+    norm = rules.norm(state.ar, seen.gradients.values())
+    if not np.isfinite(norm):
+        name = next(n for n, g in seen.gradients.items() if not np.isfinite(g).all())
+        raise Invalid(f"step {state.steps + 1}: the gradient of {name} is not finite, but it has to be.")
+    clip = rules.clip(state.ar, training, norm)
+    rate = rules.rate(training, state.steps, state.tokens)
+    load = rules.loads(seen.counts)
+    after = updated(state, seen.gradients, clip, rate, seen.counts)
+    after = replace(after, steps=state.steps + 1, tokens=state.tokens + seen.tokens)
+    loss = total(seen.losses, training)
+    report = Report(after.steps, seen.tokens, loss, seen.losses, rate, float(norm), float(clip), load)
+    return after, report
+
+
+def collect(state: State, batch: Sequence[Microbatch]) -> Collected:
+    """Losses, gradients and counts of a batch.  Raises Invalid, as `step`."""
     if not isinstance(batch, Sequence) or not batch or not all(isinstance(one, Mapping) for one in batch):
         raise Invalid("the batch has to be a sequence of at least one microbatch, each a mapping.")
-    model, ar, training = state.model, state.ar, state.model.training
-    assert training is not None  # the state gave it
-    divisors = reduce(plus, (_divisors(model, one) for one in batch))
-    if not divisors.targets[0]:
+    model = state.model
+    own = [_divisors(model, one) for one in batch]
+    whole = reduce(plus, own)
+    if not whole.targets[0]:
         raise Invalid("the number of targets is 0, but a step needs one that is not -100 or padding.")
-    grads, terms, counts, seen = model.gradients(), [], [], 0
-    for number, one in enumerate(batch):
+    grads, seen, terms, counts, gates = model.gradients(), 0, [], [], []
+    for number, (one, divisors) in enumerate(zip(batch, state.rules.divisors(own), strict=True)):
         result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
         model.backward(result, into=grads)
         terms.append(result.terms)
         counts.append(result.counts)
+        gates.append(result.gates)
         seen += result.tokens
-    losses = parts(ar, joined(terms), divisors)
+    losses = parts(state.ar, joined(terms), whole)
     if not all(np.isfinite(value) for value in losses.values()):
         raise _not_finite(state, batch)
-    gradients = GradientMap(model.weights, ar, grads.reduce())
-    norm = adamw.norm(ar, gradients.values())
-    if not np.isfinite(norm):
-        name = next(n for n, g in gradients.items() if not np.isfinite(g).all())
-        raise Invalid(f"step {state.steps + 1}: the gradient of {name} is not finite, but it has to be.")
-    clip = adamw.clip_coefficient(training, norm)
-    rate = learning_rate(training, state.steps, state.tokens)
-    load = loads.add(counts)
-    after = _after(state, gradients, clip, rate, load)
-    after = replace(after, steps=state.steps + 1, tokens=state.tokens + seen)
-    report = Report(after.steps, seen, total(losses, training), losses, rate, norm, clip, load)
-    return after, report
+    gradients = GradientMap(model.weights, state.ar, grads.reduce())
+    return Collected(gradients, losses, counts, gates, seen)
 
 
-def _divisors(model: Model, one: Microbatch) -> Any:
+def _divisors(model: Model, one: Microbatch) -> Divisors:
     return model.divisors(**{name: one[name] for name in _COUNTED if name in one})
 
 
-def _after(
-    state: State, gradients: Mapping[str, Array], clip: float, rate: float, load: loads.Loads
+def updated(
+    state: State, gradients: Mapping[str, Array], clip: Array | float, rate: float, counts: Counts
 ) -> State:
-    """Weights, moments, biases and the average after the step."""
-    ar, training = state.ar, state.model.training
-    assert training is not None
+    """Weights, moments, biases and the average after the step; the counters are as they were."""
+    ar, rules, training = state.ar, state.rules, state.rules.at(state.training, state.tokens)
     powers = state.powers.next(training)
     weights, first, second = dict(state.weights), {}, {}
     average: dict[str, Array] = {}
+    clipped = not (isinstance(clip, float) and clip == 1.0)
     for name, gradient in gradients.items():
         old = (state.weights[name], state.first[name], state.second[name])
-        g = gradient if clip == 1.0 else gradient * clip
-        made = adamw.update(ar, training, rate, powers, *old, g)
+        made = rules.adamw(ar, training, rate, powers, *old, gradient * clip if clipped else gradient)
         weights[name], first[name], second[name] = made
         if state.average:
-            average[name] = adamw.average(ar, training.ema_decay, state.average[name], weights[name])
-    for layer, counts in load.items():
+            average[name] = rules.average(ar, training.ema_decay, state.average[name], weights[name])
+    for layer in counts[0] if counts else ():
         name = f"model.layers.{layer}.{BIAS}"
         if name in weights and training.bias_update_speed:
-            weights[name] = bias.update(ar, weights[name], counts, training.bias_update_speed)
+            own = [one[layer] for one in counts]
+            weights[name] = rules.bias(ar, weights[name], own, training.bias_update_speed)
     return replace(state, weights=weights, first=first, second=second, average=average, powers=powers)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 from tqdm import tqdm
 
-from refimpl import __version__
+from refimpl import __version__, cli_train
 from refimpl.cases import format
 from refimpl.cases.generate import definitions, generate
 from refimpl.cases.suites import SUITES
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
     checking.set_defaults(run=_check)
+    cli_train.add(commands)
     return parser
 
 

@@ -28,6 +28,7 @@ ORDER = (
     "errors",
 )
 MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
+COMMANDS = ("cli", "cli_train")  # those of the layer `cli`
 PROGRAMS = ("programs", "setting", "training_programs")  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
@@ -68,6 +69,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "layers/balance.py": {".sum": _LOADS},
     "training/loads.py": {".sum": _LOADS},
     "training/bias.py": {".sum": _LOADS},
+    "training/curve.py": {".sum": _LOADS},
     "cases/claims.py": {"math.log2": "the bits of a claim, a whole number far from a tie"},
     "cases/definition.py": {"math.log2": "the nearest power of two, a whole number far from a tie"},
 }
@@ -97,6 +99,8 @@ def layer(module: str) -> str | None:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in ROOTS:
         return None
+    if parts[1] in COMMANDS:
+        return "cli"
     if parts[1] in PROGRAMS:
         return "programs"
     return "model" if parts[1] in MODEL else parts[1]

@@ -35,6 +35,7 @@ class Weights(Mapping[str, Array], ABC):
 
     in_memory: ClassVar[bool] = False  # so that looking at all values before any computation is cheap
     always_finite: ClassVar[bool] = False  # so that there is no need to look
+    checked: ClassVar[bool] = False  # made of weights that were checked, so that `check` has nothing to do
     fp8_rounding: str = "float32"  # of dequantised weights: the choice fp8_weights
 
     def __init__(self, config: ModelConfig) -> None:
@@ -222,6 +223,8 @@ def check(weights: Weights, *, values: bool | None = None) -> None:
 
     Raises Missing (the first, and how many), Invalid, Unsupported.
     """
+    if weights.checked:
+        return
     config = weights.config
     if config.has_indexer:
         raise Unsupported(

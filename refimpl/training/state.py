@@ -23,6 +23,16 @@ from refimpl.training.rules import DEEPSEEK_V3 as RULES
 from refimpl.training.rules import Rules
 
 
+class Own(DictWeights):
+    """Weights of a state: names, shapes and values were checked when the run began, and a step keeps the
+    first two.  What a step makes that is not finite ends the next one (STEP-5)."""
+
+    checked = True
+
+    def __getitem__(self, name: str) -> Array:
+        return self.stored_codes(self.canonical(name))
+
+
 @dataclass(frozen=True)
 class State:
     """Master weights and selection biases, moments, average, configurations and counters.
@@ -53,7 +63,7 @@ class State:
     def model(self) -> Model:
         """The model that the weights make, with lambda and gamma as they are now."""
         read = {name: self.ar.at("optim.weight", w) for name, w in self.weights.items()}
-        weights = DictWeights(self.config, read)
+        weights = Own(self.config, read)
         now = self.rules.at(self.training, self.tokens)
         return Model(self.config, weights, self.ar, self.choices, self.ops, now)
 

@@ -152,7 +152,7 @@ def test_gradients_of_the_whole_loss_are_derivatives_under_every_choice(choice: 
         return value
 
     # differences of fourth order: an error of about 1e-15 / h from rounding, and less from the remainder
-    h = 2e-5
+    h = 5e-6
     difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
     assert claimed == pytest.approx(difference, rel=1e-8)
 

@@ -44,9 +44,9 @@ def draw(csv: str | PathLike[str], target: str | PathLike[str]) -> None:
     )  # fmt: skip
     steps = [int(one["step"]) for one in rows]
     _losses(axes[0, 0], rows, steps)
-    for ax, layer in zip(axes[1:, 0], layers, strict=True):
-        image = _loads(ax, rows, steps, layer)
-        figure.colorbar(image, ax=ax, label="load / mean", aspect=8)
+    images = [_loads(ax, rows, steps, layer) for ax, layer in zip(axes[1:, 0], layers, strict=True)]
+    if images:
+        figure.colorbar(images[0], ax=list(axes[1:, 0]), label="load / mean load", aspect=8 * len(images))
     axes[-1, 0].set_xlabel("step")
     try:
         figure.savefig(target, dpi=150)

@@ -57,6 +57,7 @@ SHORT: Final[Mapping[str, Any]] = {  # V3's training with the rate and the sizes
     "batch_sequences": 8,
     "final_batch_sequences": 8,
     "batch_ramp_shape": "none",
+    "bias_update_speed": 0.01,
 }
 
 

@@ -91,8 +91,9 @@ def collect(state: State, batch: Sequence[Microbatch]) -> Collected:
         raise Invalid("the number of targets is 0, but a step needs one that is not -100 or padding.")
     grads, seen, terms, counts, gates = model.gradients(), 0, [], [], []
     for number, (one, divisors) in enumerate(zip(batch, state.rules.divisors(own), strict=True)):
-        result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
-        model.backward(result, into=grads)
+        with np.errstate(all="ignore"):  # what is not finite is said below, by name
+            result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
+            model.backward(result, into=grads)
         terms.append(result.terms)
         counts.append(result.counts)
         gates.append(result.gates)

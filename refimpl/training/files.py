@@ -59,7 +59,8 @@ _FIELDS: Final = (
 def save(state: State, folder: str | PathLike[str], run: Mapping[str, Any] | None = None) -> None:
     """Write the state, and what the run wants to remember (JSON's types).
 
-    Raises: Invalid for a state whose arithmetic, operations or rules have no name; Unreadable.
+    Raises: Invalid for a state whose arithmetic, operations or rules have no name, or that is not finite;
+    Unreadable.
     """
     if state.ops is not DEEPSEEK_V3 or state.rules is not RULES or not _same(state.ar, state.precision):
         raise Invalid(
@@ -67,6 +68,8 @@ def save(state: State, folder: str | PathLike[str], run: Mapping[str, Any] | Non
             "the operations and rules of DeepSeek-V3 can be saved."
         )
     path = Path(folder)
+    for name, array in _named(state):  # or the state that is there would be replaced by one that is refused
+        require_finite(f"{name} after step {state.steps}", array)
     _make(path)
     file = f"state-{state.steps}-{secrets.token_hex(4)}.safetensors"
     written = {
@@ -96,7 +99,16 @@ def load(folder: str | PathLike[str]) -> tuple[State, dict[str, Any]]:
     path = Path(folder) / STATE
     if not path.exists():
         raise Missing(f"{path} is missing, but a saved state must have it.")
-    given = read_object(path)
+    while True:
+        given = read_object(path)
+        try:
+            return _loaded(path, given)
+        except Unreadable:
+            if read_object(path).get("tensors") == given.get("tensors"):
+                raise  # and not because a writer put a new state in its place meanwhile
+
+
+def _loaded(path: Path, given: Mapping[str, Any]) -> tuple[State, dict[str, Any]]:
     if given.get("version") != VERSION:
         raise Unsupported(f"{path} has version {show(given.get('version'))}, but it must be {VERSION}.")
     for name in _FIELDS:

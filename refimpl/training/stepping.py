@@ -58,6 +58,7 @@ class Collected:
     tokens: int
 
 
+@np.errstate(all="ignore")  # what is not finite is found and named
 def step(state: State, batch: Sequence[Microbatch]) -> tuple[State, Report]:
     """The state after one step on a batch: its microbatches, of all data ranks, in a stated order.
 
@@ -91,9 +92,8 @@ def collect(state: State, batch: Sequence[Microbatch]) -> Collected:
         raise Invalid("the number of targets is 0, but a step needs one that is not -100 or padding.")
     grads, seen, terms, counts, gates = model.gradients(), 0, [], [], []
     for number, (one, divisors) in enumerate(zip(batch, state.rules.divisors(own), strict=True)):
-        with np.errstate(all="ignore"):  # what is not finite is said below, by name
-            result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
-            model.backward(result, into=grads)
+        result = model.forward(**one, trace=(), divisors=divisors, microbatch=number)
+        model.backward(result, into=grads)
         terms.append(result.terms)
         counts.append(result.counts)
         gates.append(result.gates)
@@ -135,8 +135,7 @@ def updated(
 def _not_finite(state: State, batch: Sequence[Microbatch]) -> Invalid:
     """The first tensor, in the order of computation, that is not finite."""
     for number, one in enumerate(batch):
-        with np.errstate(all="ignore"):
-            result = state.model.forward(**one)
+        result = state.model.forward(**one)
         for name, value in result.tensors.items():
             masked = name.endswith("self_attn.scores")
             if np.isnan(value).any() or (np.isinf(value).any() and not masked):

@@ -7,7 +7,7 @@ average; the counters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add as plus
@@ -25,6 +25,7 @@ from refimpl.training.state import State
 
 Microbatch = Mapping[str, Any]  # arguments of Model.forward: input_ids, labels or targets, mask, routing, ...
 Counts = Sequence[Mapping[int, Array]]  # of each microbatch: layer -> (B, N) int
+PIECE = 1 << 15  # elements of a parameter that are updated at once
 _COUNTED = ("input_ids", "labels", "targets", "mask", "segment_ids")
 
 
@@ -118,10 +119,13 @@ def updated(
     weights, first, second = dict(state.weights), {}, {}
     average: dict[str, Array] = {}
     clipped = not (isinstance(clip, float) and clip == 1.0)
+
+    def moved(w: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
+        return rules.adamw(ar, training, rate, powers, w, m, v, g * clip if clipped else g)
+
     for name, gradient in gradients.items():
-        old = (state.weights[name], state.first[name], state.second[name])
-        made = rules.adamw(ar, training, rate, powers, *old, gradient * clip if clipped else gradient)
-        weights[name], first[name], second[name] = made
+        old = (state.weights[name], state.first[name], state.second[name], gradient)
+        weights[name], first[name], second[name] = _in_pieces(moved, *old)
         if state.average:
             average[name] = rules.average(ar, training.ema_decay, state.average[name], weights[name])
     for layer in counts[0] if counts else ():
@@ -130,6 +134,23 @@ def updated(
             own = [one[layer] for one in counts]
             weights[name] = rules.bias(ar, weights[name], own, training.bias_update_speed)
     return replace(state, weights=weights, first=first, second=second, average=average, powers=powers)
+
+
+def _in_pieces(call: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+    """call(*arrays), which is element by element, some rows at a time: so that what is between stays in
+    cache."""
+    like = arrays[0]
+    if like.size <= PIECE:
+        return call(*arrays)
+    rows = max(1, PIECE * len(like) // like.size)
+    out: tuple[Array, ...] = ()
+    for start in range(0, len(like), rows):
+        piece = slice(start, start + rows)
+        made = call(*(x[piece] for x in arrays))
+        out = out or tuple(np.empty(like.shape, x.dtype) for x in made)
+        for whole, part in zip(out, made, strict=True):
+            whole[piece] = part
+    return out
 
 
 def _not_finite(state: State, batch: Sequence[Microbatch]) -> Invalid:

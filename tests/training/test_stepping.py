@@ -15,7 +15,7 @@ import refimpl
 from refimpl import Invalid, TrainingConfig
 from refimpl.config.choices import CHOICES, Choices
 from refimpl.losses import Divisors, total
-from refimpl.training import State, start, step
+from refimpl.training import State, start, step, stepping
 from refimpl.training.rules import DEEPSEEK_V3 as RULES
 
 CFG = config(num_nextn_predict_layers=1)
@@ -170,6 +170,14 @@ def test_any_division_of_the_batch_gives_the_same_bits_in_exact(seed: int) -> No
         assert (a.loss, a.losses, a.gradient_norm, a.clip) == (b.loss, b.losses, b.gradient_norm, b.clip)
         assert {n: x.tolist() for n, x in a.loads.items()} == {n: x.tolist() for n, x in b.loads.items()}
     same_state(whole, split)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_updating_in_pieces_changes_no_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = step(state(precision), [batch()])
+    monkeypatch.setattr(stepping, "PIECE", 17)
+    pieces, _ = step(state(precision), [batch()])
+    same_state(whole, pieces)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

@@ -20,7 +20,7 @@ from refimpl.model import Model
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.setting import IDX, Outputs, Setting, finish
-from refimpl.training_programs import TRAINING_PROGRAMS
+from refimpl.training_programs import TRAINING_PROGRAMS, trained
 
 __all__ = ["IDX", "PROGRAMS", "Outputs", "Setting", "run"]
 
@@ -154,13 +154,15 @@ def _head_loss(s: Setting) -> Outputs:
 
 
 def _model(s: Setting) -> Outputs:
+    names = ("input_ids", "targets", "labels", "mask", "segment_ids", "position_ids")
+    given: dict[str, Any] = {name: s.inputs[name] for name in names if name in s.inputs}
+    if "training" in s.arguments:
+        return trained(s, given)
     model = Model(s.config, DictWeights(s.config, s.weights), s.ar, s.choices, s.ops)
     routing = {
         int(path.split(".")[2]): idx.reshape(*s.inputs["input_ids"].shape, -1)
         for path, idx in s.routing.items()
     }
-    names = ("input_ids", "targets", "labels", "mask", "segment_ids", "position_ids")
-    given: dict[str, Any] = {name: s.inputs[name] for name in names if name in s.inputs}
     result = model.forward(**given, routing=routing)
     out: Outputs = dict(result.tensors)
     out["logits"] = result.logits

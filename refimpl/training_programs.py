@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from refimpl.checkpoint import names
+from refimpl.checkpoint.names import BIAS
+from refimpl.checkpoint.weights import DictWeights
 from refimpl.layers.batch import Batch, Inputs, Tokens, allowed, positions
 from refimpl.layers.context import tensors
 from refimpl.losses import balancing, counted, total
+from refimpl.model import Model
 from refimpl.numerics.arithmetic import Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.setting import IDX, Outputs, Setting
@@ -30,6 +34,8 @@ FIRST, SECOND, AVERAGE = (
     "average.",
 )  # moments and average of a parameter, among the inputs
 LOAD = ".load"  # of a gate's path
+CENTRED = ".centred"
+_AT_EXISTING = (".gate.scores", IDX, ".gate.topk_weight", ".shared_head.head")
 
 
 def mtp(s: Setting) -> Outputs:
@@ -79,7 +85,8 @@ def bias_update(s: Setting) -> Outputs:
     load = s.rules.loads([{0: one} for one in counts])[0]
     speed = s.rules.at(s.training, _tokens(s)).bias_update_speed
     moved = s.rules.bias(s.ar, s.array("bias"), counts, speed)
-    return {"load": load, "max_violation": np.array([loads.max_violation(load)]), f"{_AFTER}bias": moved}
+    even = {f"{_AFTER}bias": moved, f"{_AFTER}bias{CENTRED}": moved - s.ar.mean(moved)}
+    return {"load": load, "max_violation": np.array([loads.max_violation(load)])} | even
 
 
 def adamw(s: Setting) -> Outputs:
@@ -88,16 +95,62 @@ def adamw(s: Setting) -> Outputs:
     paths = [name for name in s.inputs if name.endswith(LOAD)]
     counts = [{int(path.split(".")[2]): s.inputs[path][None] for path in paths}] if paths else []
     gradients = {n.removeprefix("grad."): s.array(n) for n in s.inputs if n.startswith("grad.")}
-    return _finished(s, _state(s), gradients, counts)
+    after, norm = _updated(s, _state(s), gradients, counts)
+    return {"gradient_norm": norm} | _after(after)
 
 
 def step(s: Setting) -> Outputs:
     """A whole step.  input_ids, targets or labels, mask, segment_ids, position_ids are (M, B, S): M
     microbatches."""
-    state, names_given = _state(s), [name for name in _STACKED if name in s.inputs]
+    state, out = _step(s, _state(s), range(len(s.inputs["input_ids"])))
+    return out | _after(state)
+
+
+def chain(s: Setting) -> Outputs:
+    """Steps that each begin with what the one before has left.  Inputs are (steps, M, B, S).  Losses and
+    norms are (steps,), loads (steps, N); the rows of a gate are those of all steps, one after the other."""
+    size = s.inputs["input_ids"].shape[1]
+    flat = {n: x.reshape(-1, *x.shape[2:]) if n in _STACKED else x for n, x in s.inputs.items()}
+    state, every = _state(s), replace(s, inputs=flat)
+    found: dict[str, list[Array]] = {}
+    for first in range(0, len(flat["input_ids"]), size):
+        state, own = _step(every, state, range(first, first + size))
+        for name, value in own.items():
+            found.setdefault(name, []).append(value[None] if name.endswith(LOAD) else value)
+    return {name: np.concatenate(values) for name, values in found.items()} | _after(state)
+
+
+def trained(s: Setting, given: Mapping[str, Any]) -> Outputs:
+    """A whole model with MTP modules and balance losses: logits of all depths, the parts of the loss and
+    their sum.  Of a module's tensors there are the logits and those of the gate, where a position exists."""
+    training = s.rules.at(s.training, _tokens(s))
+    one = replace(s, inputs={name: array[None] for name, array in given.items()})
+    model = Model(s.config, DictWeights(s.config, s.weights), s.ar, s.choices, s.ops, training)
+    counts = {n: x for n, x in given.items() if n != "position_ids"}
+    divisors = s.rules.divisors([model.divisors(**counts)])[0]
+    result = model.forward(**given, routing=_routing(one, 0) if s.routing else None, divisors=divisors)
+    out: Outputs = {}
+    for name, value in result.tensors.items():
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+        if name.endswith(_AT_EXISTING):
+            out[name] = value[_exists(one, 0, layer)]
+        elif layer < s.config.num_hidden_layers:
+            out[name] = value
+    out["logits"] = result.logits
+    out |= {f"loss.{part}": np.array([value]) for part, value in result.losses.items()}
+    out["loss"] = np.array([total(result.losses, training)])
+    if s.backward:
+        gradients = model.backward(result)
+        out |= {f"grad.{name}": gradients[name] for name in gradients}
+    return out
+
+
+def _step(s: Setting, state: State, numbers: range) -> tuple[State, Outputs]:
+    """The state after a step on some of the microbatches among the inputs, and what it saw."""
+    given = [name for name in _STACKED if name in s.inputs]
     batch = []
-    for number in range(len(s.inputs["input_ids"])):
-        one = {name: s.inputs[name][number] for name in names_given}
+    for number in numbers:
+        one = {name: s.inputs[name][number] for name in given}
         batch.append(one | {"routing": _routing(s, number)} if s.routing else one)
     seen = stepping.collect(state, batch)
     training = state.model.training
@@ -111,19 +164,31 @@ def step(s: Setting) -> Outputs:
     out["loss"] = np.array([total(seen.losses, training)])
     for layer, load in s.rules.loads(seen.counts).items():
         out[f"model.layers.{layer}.mlp.gate{LOAD}"] = load
-    return out | _finished(s, state, seen.gradients, seen.counts)
+    after, out["gradient_norm"] = _updated(s, state, seen.gradients, seen.counts)
+    return replace(after, steps=state.steps + 1, tokens=state.tokens + seen.tokens), out
 
 
-def _finished(s: Setting, state: State, gradients: Mapping[str, Array], counts: stepping.Counts) -> Outputs:
+def _updated(
+    s: Setting, state: State, gradients: Mapping[str, Array], counts: stepping.Counts
+) -> tuple[State, Array]:
+    """The state after the update, with the norm (1,) of the gradients."""
     training = s.rules.at(state.training, state.tokens)
     norm = s.rules.norm(s.ar, gradients.values())
     clip = s.rules.clip(s.ar, training, norm)
     rate = s.rules.rate(training, state.steps, state.tokens)
-    after = stepping.updated(state, gradients, clip, rate, counts)
-    out: Outputs = {"gradient_norm": norm.reshape(1)}
-    for prefix, arrays in (("", after.weights), (FIRST, after.first), (SECOND, after.second)):
-        out |= {f"{_AFTER}{prefix}{name}": array for name, array in arrays.items()}
-    return out | {f"{_AFTER}{AVERAGE}{name}": array for name, array in after.average.items()}
+    return stepping.updated(state, gradients, clip, rate, counts), norm.reshape(1)
+
+
+def _after(state: State) -> Outputs:
+    """Weights, moments and averages.  Of a selection bias also what is left without its mean, which is all
+    that the choice of experts depends on."""
+    out: Outputs = {}
+    for prefix, arrays in (("", state.weights), (FIRST, state.first), (SECOND, state.second)):
+        for name, array in arrays.items():
+            out[f"{_AFTER}{prefix}{name}"] = array
+            if name.endswith(BIAS):
+                out[f"{_AFTER}{name}{CENTRED}"] = array - state.ar.mean(array)
+    return out | {f"{_AFTER}{AVERAGE}{name}": array for name, array in state.average.items()}
 
 
 def _state(s: Setting) -> State:
@@ -209,4 +274,5 @@ TRAINING_PROGRAMS: dict[str, Callable[[Setting], Outputs]] = {
     "bias_update": bias_update,
     "adamw": adamw,
     "step": step,
+    "chain": chain,
 }

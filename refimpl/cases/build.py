@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -23,7 +24,12 @@ from refimpl.programs import IDX, Outputs, Setting
 
 AnyDefinition = Definition | Bits
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
-NETWORKS = ("model",)  # judged by the noise floor: bounds of whole networks say nothing
+NETWORKS = (
+    "model",
+    "mtp",
+    "step",
+    "chain",
+)  # judged by the noise floor: bounds of whole networks say nothing
 
 
 _DERIVATIONS = {
@@ -140,9 +146,13 @@ def _rejected(d: Definition, given: Mapping[str, Array], case: Case) -> Built:
 def _kept(d: Definition, name: str) -> bool:
     """Routing that is given is no output; the slots' order is ours; probes of the forward are in the
     forward case."""
-    if (d.forced and name.endswith(IDX)) or name.endswith(".slots"):
+    if (d.forced and name.endswith(IDX)) or name.endswith(".slots") or _matches(name, d.omits):
         return False
     return d.is_required(name) or not d.backward or name.endswith(".gate.scores")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check(d: Definition, expected: Mapping[str, Array]) -> None:
@@ -195,11 +205,19 @@ def _output(
         below=d.config.n_routed_experts if name in sets else None,
         spread=judges.spread if judges and name not in sets else None,
         bias=judges.bias if judges and name not in sets else None,
-        margins=sets.get(name),
+        margins=sets.get(name) or _load_margins(name, value),
         extras={k: format.digest(a, "F64" if k == "margin" else "BF16") for k, a in judges.arrays.items()}
         if judges
         else {},
     )
+
+
+def _load_margins(name: str, value: Array) -> tuple[float, float] | None:
+    """Of the tokens that each expert gets: how many more or fewer change the sign of mean - load."""
+    if not name.endswith("load"):
+        return None
+    margin = np.abs(value.mean(-1, keepdims=True) - value)
+    return float(f"{margin.min():.3g}"), float(f"{np.median(margin):.3g}")
 
 
 def _decided_by(d: Definition, name: str, sets: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:

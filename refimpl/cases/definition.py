@@ -23,6 +23,7 @@ from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 
 SEED: Final = 1  # of every stream of the suites
+STEPS: Final = ("bias_update", "adamw", "step", "chain")  # components of training steps
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Definition:
     required: tuple[
         str, ...
     ] = ()  # patterns of the outputs that a port must give, besides the results and gradients
+    omits: tuple[str, ...] = ()  # patterns of the outputs that are left out, to keep the case small
     backward: bool = False
     exact: bool = False  # any order of float32 accumulation gives the same bits, and these are demanded
     forced: bool = False  # the routing is an input
@@ -125,11 +127,15 @@ class Definition:
 
     @property
     def kind(self) -> str:
+        if self.component in STEPS:
+            return "step"
         return "reject" if self.rejects else "vjp" if self.backward else "forward"
 
     def is_required(self, name: str) -> bool:
         """Whether a port must give the output; the others are probes."""
         results = (self.path, f"{self.path}.topk_idx", f"{self.path}.topk_weight", "logits", "loss", "grad.*")
+        if self.component in STEPS and name.endswith("e_score_correction_bias"):
+            return False  # a constant that all biases have more or less changes nothing: see `.centred`
         return any(fnmatchcase(name, pattern) for pattern in (*results, *self.required))
 
     @property
@@ -143,18 +149,21 @@ class Definition:
         specs = {
             name: spec for name, spec in names.parameters(self.config).items() if name.startswith(prefix)
         }
+        if self.component == "mtp":  # what it shares with the main model
+            every = names.parameters(self.config)
+            specs |= {name: every[name] for name in (names.EMBEDDING, names.HEAD)}
         if self.component in _LEAVES:
             specs = {name: spec for name, spec in specs.items() if name in _LEAVES[self.component](self.path)}
         made: dict[str, Source] = {}
         for name, spec in specs.items():
             leaf = name.removeprefix(prefix)
-            made[name] = self.weights.get(leaf) or _usual(spec)
+            made[name] = self.weights.get(leaf) or usual(spec)
         for leaf, source in self.weights.items():  # those that are no parameters of the configuration
             made.setdefault(prefix + leaf, source)
         return made
 
 
-def _usual(spec: names.ParameterSpec) -> Source:
+def usual(spec: names.ParameterSpec) -> Source:
     how = virtual.rule(spec)
     if isinstance(how, virtual.Steps):
         return Integers(spec.shape, how.low, how.high, how.scale)
@@ -170,6 +179,9 @@ _LEAVES: Final[dict[str, Any]] = {
     "rope": lambda path: (),
     "rope_tables": lambda path: (),
     "attention": lambda path: (),
+    "balance": lambda path: (),
+    "bias_update": lambda path: (),
+    "adamw": lambda path: (),
     "head_loss": lambda path: (names.NORM, names.HEAD),
 }
 

@@ -113,12 +113,12 @@ def parts(ar: Arithmetic, terms: Terms, divided: Divisors) -> dict[str, float]:
     """The unweighted parts of the loss: main, mtp (the mean over modules), balance (the sum over layers)."""
     if not terms.nll:
         return {}
-    means = [float(ar.sum(nll)) / max(n, 1) for nll, n in zip(terms.nll, divided.targets, strict=True)]
+    means = [ar.sum(nll).item() / max(n, 1) for nll, n in zip(terms.nll, divided.targets, strict=True)]
     found = {"main": means[0]}
     if len(means) > 1:
-        found["mtp"] = float(ar.sum(ar.array(means[1:]))) / (len(means) - 1)
+        found["mtp"] = ar.sum(ar.array(means[1:])).item() / (len(means) - 1)
     for (kind, _, depth), losses in terms.balance.items():
-        share = float(ar.sum(losses)) / max(divided.sequences[depth], 1)
+        share = ar.sum(losses).item() / max(divided.sequences[depth], 1)
         found[PART_OF[kind]] = found.get(PART_OF[kind], 0.0) + share
     return found
 

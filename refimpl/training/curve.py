@@ -50,10 +50,12 @@ class Curve:
             self._writer = csv.DictWriter(self._file, list(kept[0]), lineterminator="\n")
 
     def add(self, values: Mapping[str, str]) -> None:
-        """One row more."""
+        """One row more.  Raises Invalid if the file is another run's."""
         if self._writer is None:
             self._writer = csv.DictWriter(self._file, list(values), lineterminator="\n")
             self._writer.writeheader()
+        if set(self._writer.fieldnames) != set(values):
+            raise Invalid(f"{self._path} has the columns of another run, but it must be this run's curve.")
         self._writer.writerow(values)
         self._file.flush()
 

@@ -199,6 +199,15 @@ class TestCurve:
         kept.close()
         assert path.read_text() == "step,loss\n1,3\n2,2\n3,1.5\n"
 
+    def test_a_curve_of_another_run(self, tmp_path: Path) -> None:
+        path = tmp_path / "curve.csv"
+        path.write_text("step,loss\n1,3\n")
+        kept = curve.Curve(path, 1)
+        with pytest.raises(Error) as caught:
+            kept.add({"step": "2", "main": "3"})
+        kept.close()
+        one_sentence(caught, "curve.csv", "another run")
+
     def test_what_is_no_curve(self, tmp_path: Path) -> None:
         path = tmp_path / "curve.csv"
         path.write_text("a,b\n1,2\n")

@@ -127,7 +127,7 @@ def cut(one: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
     return {name: value[rows] for name, value in one.items()}
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**9))
 def test_any_division_of_the_batch_gives_the_same_bits_in_exact(seed: int) -> None:
     """Of losses, norm, loads and the whole state after two steps, for drawn models, choices and masks."""

@@ -122,6 +122,14 @@ class TestCommand:
         assert command(text, tmp_path / "out", "--steps", "3", "--plot", str(target)) == 0
         assert target.read_bytes().startswith(b"\x89PNG")
 
+    def test_a_picture_without_matplotlib_is_refused_before_the_first_step(
+        self, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert command(text, tmp_path / "out", "--plot", "curve.png") == 2
+        self.refused(capsys, "matplotlib is not installed")
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize(
         ("more", "fragments"),
         [

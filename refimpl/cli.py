@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     golden = commands.add_parser("golden", help="generate, verify and list golden cases")
     _golden(golden.add_subparsers(required=True, metavar="COMMAND"))
+    cli_train.add(commands)
     checking = commands.add_parser("check", help="judge one output of an implementation")
     checking.add_argument("case", metavar="CASE", type=Path, help="folder of a golden case")
     checking.add_argument(
@@ -78,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
     checking.set_defaults(run=_check)
-    cli_train.add(commands)
     return parser
 
 

@@ -17,6 +17,7 @@ from refimpl.checkpoint.names import BIAS
 from refimpl.checkpoint.weights import DictWeights
 from refimpl.layers.batch import Batch, Inputs, Tokens, allowed, positions
 from refimpl.layers.context import tensors
+from refimpl.layers.mtp import shifted
 from refimpl.losses import balancing, counted, total
 from refimpl.model import Model
 from refimpl.numerics.arithmetic import Array
@@ -42,15 +43,15 @@ def mtp(s: Setting) -> Outputs:
     """Module `depth` on hidden states x (B, S, D) and the main model's input_ids (B, S); with gradients also
     dy (B, S, V), and dnext (B, S, D) of what the next module reads."""
     main = _inputs(s, s.inputs["input_ids"])
-    given = main
+    given = right = main
     for _ in range(s.arguments.get("depth", 1)):
-        given = s.ops.shifted(given, s.choices)
-    exists = given.exists.reshape(-1)
+        given, right = s.ops.shifted(given, s.choices), shifted(right, s.choices)
+    exists = right.exists.reshape(-1)
     c = replace(s, routing={path: _spread(idx, exists) for path, idx in s.routing.items()}).context
     size, length = given.ids.shape
     batch = Batch(size, length, c.ops.tables(c, given.positions.reshape(-1)), allowed(given.segments))
     first = ((positions(main.segments) == 0) & main.exists).reshape(-1)
-    tokens = Tokens(given.ids.reshape(-1), first, exists, batch)
+    tokens = Tokens(given.ids.reshape(-1), first, given.exists.reshape(-1), batch)
     x = s.array("x")
     following, _, saved = c.ops.mtp.forward(c, x.reshape(-1, x.shape[-1]), tokens, False)
     out: Outputs = {n: y[exists] if by_token else y for n, y, by_token in tensors(saved, s.path)}
@@ -248,7 +249,7 @@ def _exists(s: Setting, number: int, layer: int) -> Array:
         segments = np.where(s.inputs["mask"][number] == 1, segments, -1)
     given = Inputs(ids, segments, positions(segments), None)
     for _ in range(layer - s.config.num_hidden_layers + 1):
-        given = s.ops.shifted(given, s.choices)
+        given = shifted(given, s.choices)  # as is right: given rows are those of the case
     return given.exists
 
 

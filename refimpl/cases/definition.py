@@ -134,7 +134,7 @@ class Definition:
     def is_required(self, name: str) -> bool:
         """Whether a port must give the output; the others are probes."""
         results = (self.path, f"{self.path}.topk_idx", f"{self.path}.topk_weight", "logits", "loss", "grad.*")
-        if self.component in STEPS and name.endswith("e_score_correction_bias"):
+        if self.component in STEPS and name.endswith(("e_score_correction_bias", "after.bias")):
             return False  # a constant that all biases have more or less changes nothing: see `.centred`
         return any(fnmatchcase(name, pattern) for pattern in (*results, *self.required))
 

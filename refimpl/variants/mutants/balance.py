@@ -18,6 +18,7 @@ from refimpl.variants.mutants.mutant import Mutant
 from refimpl.variants.variation import Change, operations
 
 EPSILON: Final = 1e-20
+FINE: Final = ("fp32", "tf32")  # steps, and scores as small as the floor, are there in float32 only
 _KIND: Final = "sequence"  # the loss that these are mistakes of
 Shares = Callable[[Context, Array], tuple[Array, Callable[[Array], Array]]]
 # scores (M, N)  ->  p (M, N), and dp (M, N) -> dscores (M, N)
@@ -100,7 +101,8 @@ def _given(change: Callable[[balance.Balancing], balance.Balancing], losses: boo
         def forward(c: Context, scores: Array, idx: Array) -> Any:
             own = replace(c, balancing=change(c.balancing)) if losses else c
             found, saved = ops.balance.forward(own, scores, idx)
-            return _for_each(found, c.balancing.number), saved
+            found = _for_each(found, c.balancing.number)
+            return found, replace(saved, losses=found)
 
         def backward(c: Context, saved: balance.Saved) -> Array:
             dscores: Array = ops.balance.backward(replace(c, balancing=change(c.balancing)), saved)
@@ -166,10 +168,10 @@ MUTANTS: Final = (
     Mutant("L01a", _with_shares(_plain)),
     Mutant("L01b", _with_shares(_softmax)),
     Mutant("L02", _given(_one_sequence)),
-    Mutant("L03", _given(_by_size, losses=False)),
-    Mutant("L04", _ruled(divisors=_own_sequences)),
-    Mutant("L05", _ruled(at=_no_weight)),
+    Mutant("L03", _given(_by_size, losses=False), FINE),
+    Mutant("L04", _ruled(divisors=_own_sequences), FINE),
+    Mutant("L05", _ruled(at=_no_weight), FINE),
     Mutant("L06", _other_counts),
     Mutant("L12", _given(_with_padding)),
-    Mutant("L14", _with_shares(_floored)),
+    Mutant("L14", _with_shares(_floored), FINE),
 )

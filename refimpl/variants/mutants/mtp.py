@@ -148,5 +148,5 @@ MUTANTS: Final = (
     Mutant("T09a", _ruled(at=_summed)),
     Mutant("T09b", _ruled(divisors=_by_main_count)),
     Mutant("T10", operations(shifted=_across)),
-    Mutant("T11", _bias_left),
+    Mutant("T11", _bias_left, ("fp32", "tf32")),  # biases are float32 in every port
 )

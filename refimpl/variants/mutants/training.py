@@ -14,6 +14,7 @@ from refimpl.training.rules import Rules
 from refimpl.variants.mutants.mutant import Mutant
 from refimpl.variants.variation import Change
 
+FINE: Final = ("fp32", "tf32")  # biases, weights and moments are float32 in every port
 Update = Callable[[Arithmetic, Array, Sequence[Array], float], Array]
 
 
@@ -81,10 +82,10 @@ def _decayed(s: Setting) -> Setting:
 
 
 MUTANTS: Final = (
-    Mutant("L07", _ruled(bias=_often)),
-    Mutant("L08", _ruled(loads=_twice)),
-    Mutant("L09", _ruled(bias=_local, loads=_local_loads)),
-    Mutant("L10", _ruled(bias=_never)),
+    Mutant("L07", _ruled(bias=_often), FINE),
+    Mutant("L08", _ruled(loads=_twice), FINE),
+    Mutant("L09", _ruled(bias=_local, loads=_local_loads), FINE),
+    Mutant("L10", _ruled(bias=_never), FINE),
     Mutant("L11", _ruled(bias=_centred), benign=True),
-    Mutant("L13", _decayed),
+    Mutant("L13", _decayed, FINE),
 )

@@ -20,7 +20,7 @@ from refimpl.layers.context import tensors
 from refimpl.layers.mtp import shifted
 from refimpl.losses import balancing, counted, total
 from refimpl.model import Model
-from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.setting import IDX, Outputs, Setting
 from refimpl.training import loads, stepping
@@ -86,7 +86,7 @@ def bias_update(s: Setting) -> Outputs:
     load = s.rules.loads([{0: one} for one in counts])[0]
     speed = s.rules.at(s.training, _tokens(s)).bias_update_speed
     moved = s.rules.bias(s.ar, s.array("bias"), counts, speed)
-    even = {f"{_AFTER}bias": moved, f"{_AFTER}bias{CENTRED}": moved - s.ar.mean(moved)}
+    even = {f"{_AFTER}bias": moved, f"{_AFTER}bias{CENTRED}": _centred(s.ar, moved)}
     return {"load": load, "max_violation": np.array([loads.max_violation(load)])} | even
 
 
@@ -188,8 +188,12 @@ def _after(state: State) -> Outputs:
         for name, array in arrays.items():
             out[f"{_AFTER}{prefix}{name}"] = array
             if name.endswith(BIAS):
-                out[f"{_AFTER}{name}{CENTRED}"] = array - state.ar.mean(array)
+                out[f"{_AFTER}{name}{CENTRED}"] = _centred(state.ar, array)
     return out | {f"{_AFTER}{AVERAGE}{name}": array for name, array in state.average.items()}
+
+
+def _centred(ar: Arithmetic, bias: Array) -> Array:
+    return bias - ar.mean(bias)
 
 
 def _state(s: Setting) -> State:

@@ -126,12 +126,9 @@ def _bias_left(s: Setting) -> Setting:
     names = [f"model.layers.{layer}{_BIAS}" for layer in inside]
 
     def after(outputs: Outputs) -> Outputs:
-        old = {name: s.weights.get(name.removesuffix(".centred")) for name in names}
-        return outputs | {
-            f"after.{name}": s.ar.array(bias - bias.mean())
-            for name, bias in old.items()
-            if bias is not None and f"after.{name}" in outputs
-        }
+        ar = s.ar
+        old = {n: ar.array(s.weights[n.removesuffix(".centred")]) for n in names if f"after.{n}" in outputs}
+        return outputs | {f"after.{name}": bias - ar.mean(bias) for name, bias in old.items()}
 
     return replace(s, after=(*s.after, after))
 

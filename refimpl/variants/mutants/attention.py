@@ -1,0 +1,150 @@
+"""Mistakes of the softmax core: strides of values, masks, precision, and partial results put together.
+SPEC MASK-3, MLA-6 to MLA-9.
+
+A partial result of some keys is softmax(s) v over these keys with lse = ln sum exp(s); partial results are
+added with the weights exp(lse - lse of all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from refimpl.layers.context import Context, Op, Ops
+from refimpl.numerics.arithmetic import Arithmetic, Array
+from refimpl.numerics.formats import BF16, FP16, round_to
+from refimpl.variants.mutants.mutant import Mutant
+from refimpl.variants.stages import Other, behind, computing, gathered
+from refimpl.variants.variation import operations, rounded
+
+PART: Final = 8  # keys of a partial result
+
+
+def _heads_apart(width: Callable[[Context], int]) -> Any:
+    """Heads of (B, H, S, W), stored as (B, S, H W), are taken to lie width(c) elements apart."""
+
+    def index(c: Context, shape: tuple[int, ...]) -> Array:
+        b, h, s, w = (
+            np.arange(n).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(shape)
+        )
+        flat = (b * shape[2] + s) * shape[1] * shape[3] + h * width(c) + w
+        flat = flat % (shape[0] * shape[1] * shape[2] * shape[3])
+        row, column = np.divmod(flat, shape[1] * shape[3])  # token, place in it
+        head, place = np.divmod(column, shape[3])
+        sequence, token = np.divmod(row, shape[2])
+        return ((sequence * shape[1] + head) * shape[2] + token) * shape[3] + place
+
+    return gathered(index)
+
+
+_KEY_WIDTH: Final = _heads_apart(lambda c: c.config.qk_head_dim)
+
+
+def _values_apart(ops: Ops) -> Op:
+    """Values are read from where they would be if they were as wide as keys."""
+
+    def forward(c: Context, query: Array, key: Array, value: Array, *rest: Any) -> tuple[Array, Any]:
+        out: tuple[Array, Any] = ops.attention.forward(c, query, key, _KEY_WIDTH.forward(c, value)[0], *rest)
+        return out
+
+    def backward(c: Context, dout: Array, saved: Any, scale: float) -> tuple[Array, Array, Array]:
+        dquery, dkey, dvalue = ops.attention.backward(c, dout, saved, scale)
+        at = _KEY_WIDTH.forward(c, dvalue)[1]
+        return dquery, dkey, _KEY_WIDTH.backward(c, dvalue, at)
+
+    return Op(forward, backward)
+
+
+def _two_at_once(ops: Ops) -> Op:
+    """The last two tokens are a step of their own without a mask: the first of them sees the second, if
+    that sees it."""
+
+    def forward(c: Context, query: Array, key: Array, value: Array, scale: float, allowed: Array) -> Any:
+        if allowed.shape[-1] > 1:
+            allowed = allowed.copy()
+            allowed[..., -2, -1] = allowed[..., -1, -2]
+        return ops.attention.forward(c, query, key, value, scale, allowed)
+
+    return Op(forward, ops.attention.backward)
+
+
+def _parts(x: Array) -> list[slice]:
+    return [slice(at, at + PART) for at in range(0, x.shape[-1], PART)]
+
+
+def _empty_counts(ar: Arithmetic, *given: Any) -> Any:
+    """A part without a key for a query has lse = 0 and the result 0."""
+
+    def softmax(x: Array) -> Array:
+        empty = np.count_nonzero([np.isinf(x[..., at]).all(-1) for at in _parts(x)], 0)
+        largest = ar.max(x)[..., None]
+        e = ar.exp(x - largest)
+        weight: Array = e / (ar.sum(e)[..., None] + empty[..., None] * ar.exp(-largest))
+        return weight
+
+    return Other(ar, softmax=softmax)
+
+
+def _maxima_forgotten(ar: Arithmetic, *given: Any) -> Any:
+    """Parts are added with the weights sum exp(s - own maximum), as if all had the same maximum."""
+
+    def softmax(x: Array) -> Array:
+        shifted = np.empty_like(x)
+        for at in _parts(x):
+            largest = ar.max(x[..., at])[..., None]
+            shifted[..., at] = x[..., at] - np.where(np.isinf(largest), 0.0, largest)
+        return ar.softmax(shifted)
+
+    def dsoftmax(p: Array, dp: Array) -> Array:
+        ds = ar.dsoftmax(p, dp)
+        for at in _parts(p):
+            first = ar.decide(p[..., at]).argmax(-1)[..., None]
+            own = np.arange(p[..., at].shape[-1]) == first
+            ds[..., at] = ds[..., at] - np.where(own, ar.sum(ds[..., at])[..., None], 0.0)
+        return ds
+
+    return Other(ar, softmax=softmax, dsoftmax=dsoftmax)
+
+
+def _in_bf16(ar: Arithmetic, *given: Any) -> Any:
+    """Every step of the softmax is rounded to bfloat16, also its running sum."""
+
+    def low(x: Array) -> Array:
+        return ar.array(round_to(ar.decide(x), BF16))
+
+    def softmax(x: Array) -> Array:
+        x = low(x)
+        e = low(ar.exp(low(x - ar.max(x)[..., None])))
+        total = ar.zeros(x.shape[:-1])
+        for at in range(x.shape[-1]):
+            total = low(total + e[..., at])
+        return low(e / total[..., None])
+
+    return Other(ar, softmax=softmax)
+
+
+def _products_in_fp16(ar: Arithmetic, *given: Any) -> Any:
+    """q k^T is float16, infinite beyond 65504, before it is scaled."""
+    scale = given[3] if given else 1.0  # of the forward; the backward has no such site
+
+    def at(site: str, x: Array) -> Array:
+        x = ar.at(site, x)
+        if site != "attention.scores":
+            return x
+        return ar.array(round_to(ar.decide(x) / scale, FP16)) * scale
+
+    return Other(ar, at=at)
+
+
+MUTANTS: Final = (
+    Mutant("A02a", operations(attention=_values_apart)),
+    Mutant("A02b", operations(**behind("attention", _KEY_WIDTH))),
+    Mutant("A09", computing("attention", _empty_counts)),
+    Mutant("A11", operations(attention=_two_at_once)),
+    Mutant("A12", computing("attention", _products_in_fp16), claims=("fp32", "tf32")),
+    Mutant("A13", computing("attention", _maxima_forgotten)),
+    Mutant("A16a", rounded(BF16, "attention.scores", "attention.probs"), claims=("fp32", "tf32", "fp16")),
+    Mutant("A16b", computing("attention", _in_bf16)),
+)

@@ -6,10 +6,10 @@
     python bench/diagnosis.py --build DIR --seed 7               the suites' cases under a seed, into DIR
     python bench/diagnosis.py --cases DIR                        scored on those
 
-The cases are whole ones (`refimpl golden generate`).  A planted mistake is run over the cases of the components
-in which it can show, and the outputs are handed to the diagnosis together.  It is named first when the class
-that is named first contains its id; a pair when both are named; a mistake that is not in the catalogue when
-nothing is named and the first stage is right; a correct rewrite when nothing is named.
+The cases are whole ones (`refimpl golden generate`).  A planted mistake is run over the cases of the
+components in which it can show, and the outputs are handed to the diagnosis together.  It is named first when
+the class that is named first contains its id; a pair when both are named; a mistake that is not in the
+catalogue when nothing is named and the first stage is right; a correct rewrite when nothing is named.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ KNOWN: tuple[Planted, ...] = (
     *planted_attention.YARN,
     *planted_attention.LATENT,
     *planted_experts.ROUTING,
+    *planted_experts.INPUT,
 )
 UNKNOWN: tuple[Planted, ...] = (*planted_attention.UNKNOWN, *planted_experts.UNKNOWN)
 _BY_NAME = {p.name: p for p in KNOWN}

@@ -41,6 +41,14 @@ _SPLIT_KV = """parts = scores.float().split((scores.shape[-1] + 1) // 2, -1)
         parts = [torch.exp(p - p.amax(-1, keepdim=True).clamp(min=-1e30)) for p in parts]
         probs = torch.cat(parts, -1)
         probs = (probs / probs.sum(-1, keepdim=True)).to(query.dtype)"""
+# Two parts of the keys; a part without a key has the mean of its values and the finite size of one key.
+_EMPTY_CHUNK = """half, outs, sizes = (scores.shape[-1] + 1) // 2, [], []
+        for part, v in zip(scores.float().split(half, -1), value.split(half, 2), strict=True):
+            part = torch.where(part.isinf().all(-1, keepdim=True), 0.0, part)
+            outs.append(part.softmax(-1).to(v.dtype) @ v)
+            sizes.append(part.logsumexp(-1, keepdim=True))
+        shares = torch.cat(sizes, -1).softmax(-1)
+        return (shares[..., :1] * outs[0] + shares[..., 1:] * outs[1]).to(value.dtype)"""
 _HALF_STYLE = """k_even, k_odd = k_pe[:, None].chunk(2, -1)
         k_cos, k_sin = cos[:, None], sin[:, None]
         k_pe = torch.cat((k_even * k_cos - k_odd * k_sin, k_even * k_sin + k_odd * k_cos), -1)
@@ -244,6 +252,31 @@ LATENT = (
     ),
     Planted("A08", ("A08",), ((_LATENT, _SHARDED.format("latent", "", "kv_a_layernorm")),), MLA),
     Planted("A08-query", ("A08",), ((_Q_LATENT, _SHARDED.format("q", "    ", "q_a_layernorm")),), MLA),
+    Planted(
+        "A09",
+        ("A09",),
+        (
+            (
+                f'{_SOFTMAX}\n        self.keep(f"{{path}}.probs", probs)\n'
+                "        return torch.matmul(probs, value)",
+                _EMPTY_CHUNK,
+            ),
+        ),
+        ATTENTION,
+    ),
+    Planted(
+        "A12",
+        ("A12",),
+        (
+            (
+                "scores = torch.matmul(query, key.transpose(2, 3)) *",
+                "scores = torch.matmul(query.half(), key.half().transpose(2, 3)).to(query.dtype) *",
+            ),
+        ),
+        ATTENTION,
+        FP32,
+    ),
+    Planted("A17", ("A17",), ((_Q_LATENT, "pass"),), MLA),
     Planted("A13", ("A13",), ((_SOFTMAX, _SPLIT_KV),), ATTENTION),
     Planted(
         "A16",
@@ -324,7 +357,8 @@ UNKNOWN = (
         (
             (
                 'return self.keep(path, self.linear(f"{path}.o_proj", out))',
-                'return self.keep(path, F.linear(out, self.weights[f"{path}.o_proj.weight"].T))',
+                'w = self.weights[f"{path}.o_proj.weight"]\n'
+                "        return self.keep(path, F.linear(out, w.T if w.shape[0] == w.shape[1] else w))",
             ),
         ),
         ("mla",),

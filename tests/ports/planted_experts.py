@@ -18,6 +18,9 @@ _DONE = 'done = [self.mlp(f"{path}.{e}", part) for e, part in enumerate(rows) if
 _DOWN = 'return self.keep(path, self.linear(f"{path}.down_proj", act))'
 _V2 = "normalised = normalised and top_k > 1"
 
+_SCALED_SUM = """        return self.keep(path, y * self.config["routed_scaling_factor"])
+"""
+
 ROUTING = (
     Planted(
         "G01",
@@ -96,6 +99,15 @@ ROUTING = (
     Planted("G13", ("G13",), ((_FACTOR, "weight = weight * 1.0\n"),), GATE),
     Planted("G14", ("G14",), ((_SHARED, f'{_SHARED} / self.config["routed_scaling_factor"]'),), MOE),
     Planted(
+        "G14-scaled",
+        ("G14",),
+        (
+            (_FACTOR, "weight = weight * 1.0\n"),
+            ("        return self.keep(path, y)\n", _SCALED_SUM),
+        ),
+        MOE,
+    ),
+    Planted(
         "G15",
         ("G15",),
         (('if self.config["n_shared_experts"]:', 'if self.config.get("num_shared_experts"):'),),
@@ -157,6 +169,20 @@ ROUTING = (
 )
 
 _OUT_OF = ("*.mlp", "*.experts", "*.experts.*")
+
+INPUT = (
+    Planted(
+        "X01",
+        ("X01",),
+        (
+            (
+                'ids = given["input_ids"]\n',
+                'ids = given["input_ids"].roll(1, 1)\n        ids[:, 0] = 0  # the mark of the beginning\n',
+            ),
+        ),
+        ("model",),
+    ),
+)
 
 UNKNOWN = (
     Planted(

@@ -18,12 +18,15 @@ from tqdm import tqdm
 
 from refimpl import __version__
 from refimpl.cases import format
+from refimpl.cases.claims import claim
 from refimpl.cases.generate import definitions, generate
 from refimpl.cases.suites import SUITES
 from refimpl.cases.verify import verify
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Error, Invalid
-from refimpl.validate import report
+from refimpl.validate import details, junit, page, portfile, report, summary
+from refimpl.validate.port import parse
+from refimpl.validate.validation import TIMEOUT, Wanted, terminating, usual_jobs, validate
 from refimpl.validate.verdict import check
 
 HOLDS, FAILS, UNTRIED, INTERRUPTED = 0, 1, 2, 130
@@ -78,7 +81,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
     checking.set_defaults(run=_check)
+    _validating(commands.add_parser("validate", help="run and judge a whole implementation"))
     return parser
+
+
+def _validating(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run a port on every case, in processes of its own, and judge what it wrote."
+    parser.add_argument(
+        "--port",
+        required=True,
+        metavar="COMMAND|MODULE",
+        help="run as COMMAND CASE_DIR OUTPUT.safetensors (exit 77: not for me), or a Python module or file "
+        "with run(case)",
+    )
+    parser.add_argument(
+        "--cases", type=Path, metavar="DIR", help=f"default: {COMMITTED}; what is not whole is completed"
+    )
+    parser.add_argument("--suite", action="append", default=[], metavar="S", help="only this one; repeatable")
+    parser.add_argument(
+        "--as",
+        dest="claim",
+        metavar="PRECISION",
+        help="fp32, tf32, fp16, bf16 or u=2^-11, for all cases of numbers; default: what port.toml says, "
+        "else the strictest that each case offers",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: port.toml beside the port")
+    parser.add_argument("--jobs", type=_jobs, metavar="N", help="cases at once; default: cores, at most 4")
+    parser.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="S", help="seconds for a case")
+    parser.add_argument("--json", metavar="FILE", help="everything, as JSON; - is standard output")
+    parser.add_argument("--junit", metavar="FILE", help="for CI systems, as JUnit XML; - is standard output")
+    parser.add_argument("--html", metavar="FILE", help="a page; - is standard output")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where outputs and what was printed stay")
+    parser.set_defaults(run=_validate)
 
 
 def _golden(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -155,12 +189,44 @@ def _check(given: argparse.Namespace) -> int:
     return HOLDS if verdict.holds else FAILS
 
 
+def _validate(given: argparse.Namespace) -> int:
+    port = parse(given.port)
+    if given.claim is not None:
+        claim(given.claim)
+    declared = portfile.read(given.config) if given.config else portfile.find(port.places)
+    folder = _folder(given.cases)
+    wanted = Wanted(
+        folder, tuple(given.suite), given.claim, given.jobs or usual_jobs(), given.timeout, given.keep
+    )
+    forms = {given.json: details.text, given.junit: junit.text, given.html: page.text}
+    with terminating(), _progress(len(format.cases(folder, given.suite)), "validating") as done:
+        found = validate(port, wanted, declared, done)
+    for name, form in forms.items():
+        if name and name != "-":
+            write_bytes(name, form(found).encode())
+    if "-" in forms:
+        print(forms["-"](found), end="")
+    else:
+        print(summary.text(found))
+    return UNTRIED if not found.tried else HOLDS if found.holds else FAILS
+
+
 def _folder(given: Path | None) -> Path:
     if given is not None:
         return given
     if Path(COMMITTED).is_dir():
         return Path(COMMITTED)
     raise Invalid(f"there is no folder {COMMITTED} here; the folder of cases has to be named.")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _jobs(text: str) -> int:

@@ -51,6 +51,7 @@ MATH = words(
 METHODS = words("sum mean std var prod cumsum cumprod dot trace")
 NEVER_NAMES = frozenset({"eval", "exec", "compile", "__import__"})
 NEVER_IMPORTS = frozenset({"pickle", "marshal", "shelve", "dill", "joblib", "random", "subprocess"})
+RUNS_PROGRAMS = "validate/running.py"  # the one file that may start a process: a port
 
 _COUNTS = "counts truth values: integers, exact in any order"
 _SHAPE = "the number of elements of a shape: integers"
@@ -236,7 +237,8 @@ def test_exceptions_are_still_needed() -> None:
 @pytest.mark.parametrize("path", files(), ids=relative)
 def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
     for name in imports(path):
-        assert name.partition(".")[0] not in NEVER_IMPORTS, name
+        if (relative(path), name) != (RUNS_PROGRAMS, "subprocess"):
+            assert name.partition(".")[0] not in NEVER_IMPORTS, name
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
             called = dotted(node.func)

@@ -63,8 +63,13 @@ def text(verdict: Verdict) -> str:
 
 def to_json(verdict: Verdict) -> str:
     """Everything in the verdict; numbers that JSON has not are text."""
+    return pretty(as_dict(verdict)) + "\n"
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The same as plain dictionaries, lists, texts and numbers."""
     first = verdict.first_off
-    value: dict[str, Any] = {
+    return {
         "case": verdict.case,
         "claim": verdict.claim,
         "holds": verdict.holds,
@@ -74,7 +79,6 @@ def to_json(verdict: Verdict) -> str:
         "arithmetic": None if verdict.arithmetic is None else list(verdict.arithmetic),
         "notes": list(verdict.notes),
     }
-    return pretty(value) + "\n"
 
 
 def _row(t: TensorVerdict) -> tuple[str, ...]:

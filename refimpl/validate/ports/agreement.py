@@ -1,7 +1,7 @@
 """Which cases an implementation can be held to: those whose choices it shares.  SPEC CHOICE-1.
 
-A case is made with one alternative for every choice, but few of them matter to it.  What counts is the effect:
-YaRN that applies in both, the same epsilon, the same number of scores in a group's.
+A case is made with one alternative for every choice, but few of them matter to it.  What counts is the
+effect: YaRN that applies in both, the same epsilon, the same number of scores in a group's.
 """
 
 from __future__ import annotations

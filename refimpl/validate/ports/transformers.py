@@ -10,23 +10,19 @@ causal model with its loss, and autograd.  Only masks of packed sequences and th
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from refimpl.config.choices import Choices
-from refimpl.config.model import ModelConfig
 from refimpl.numerics.arithmetic import Array
 from refimpl.validate.given import NotForMe, PortCase
-from refimpl.validate.ports.agreement import demand, model_cases, routes
+from refimpl.validate.ports.agreement import model_cases
 from refimpl.validate.ports.command import Adapter
-from refimpl.validate.ports.trial import DTYPES, Names, Trial, library
+from refimpl.validate.ports.transformers_library import Library
+from refimpl.validate.ports.trial import DTYPES, Trial, library
 
 ATTENTION: Final = ("eager", "sdpa")
 EXPERTS: Final = ("eager", "grouped_mm", "batched_mm")
-CHOICES: Final = Choices.named("hf").replace(v2_topk_norm="ignore")
 
 
 def run(case: PortCase) -> dict[str, Array]:
@@ -42,183 +38,52 @@ def outputs(
     if case.component not in COMPONENTS:
         raise NotForMe(f"transformers has no module for the component {case.component}")
     trial = Trial(case, dtype)
-    model = _Library(trial, attention, experts)
+    model = Library(trial, attention, experts)
     with trial.intercepted(trial.functions), model.noting_rotations():
         COMPONENTS[case.component](model)
     return trial.arrays()
-
-
-class _Library:
-    """The classes of a model family, with the configuration of the case."""
-
-    def __init__(self, trial: Trial, attention: str, experts: str) -> None:
-        config = trial.config
-        self.trial, self.torch = trial, trial.torch
-        self.v2 = config.scoring_func == "softmax"
-        _expressible(trial.case, config, self.v2)
-        demand(trial.case, config, CHOICES, "transformers")
-        family = "deepseek_v2" if self.v2 else "deepseek_v3"
-        self.modeling = library(f"transformers.models.{family}.modeling_{family}")
-        self.prefix = "DeepseekV2" if self.v2 else "DeepseekV3"
-        self.config = self._config(config, family)
-        self.config._attn_implementation = attention
-        self.config._experts_implementation = experts
-
-    def _config(self, config: ModelConfig, family: str) -> Any:
-        fields = {**copy.deepcopy(config.to_dict()), "model_type": family, "quantization_config": None}
-        fields |= {"n_group": config.groups, "topk_group": config.kept_groups}
-        configuration = library(f"transformers.models.{family}.configuration_{family}")
-        try:
-            return getattr(configuration, f"{self.prefix}Config")(**fields)
-        except Exception as error:  # its checks raise what they like
-            said = " ".join(str(error).split())
-            raise NotForMe(f"transformers refuses the configuration ({said})") from error
-
-    def part(self, name: str, *arguments: Any, **named: Any) -> Any:
-        """A module of the family, without memory for weights that are loaded anyway."""
-        with self.torch.device("meta"):
-            return getattr(self.modeling, f"{self.prefix}{name}")(*arguments, **named)
-
-    def rotary(self) -> Any:
-        return getattr(self.modeling, f"{self.prefix}RotaryEmbedding")(self.config)
-
-    def placed(self, module: Any, path: str, watched: bool = True) -> Any:
-        """A module with the weights that the case has below a path."""
-        trial, below = self.trial, f"{path}." if path else ""
-        trial.load(module, lambda key: _names(f"{below}{key}", trial.config, trial.weights))
-        if watched:
-            trial.watch(module, lambda name: f"{below}{name}" if name else path, _shown)
-        return module
-
-    @contextmanager
-    def noting_rotations(self) -> Iterator[None]:
-        """Note the rotated parts of queries and keys, which no module of its own computes."""
-        names = (
-            ("apply_rotary_emb",) if self.v2 else ("apply_rotary_pos_emb_interleave", "apply_rotary_pos_emb")
-        )
-        kept = {name: getattr(self.modeling, name) for name in names}
-
-        def noting(rotate: Callable[..., Any]) -> Callable[..., Any]:
-            def rotated(*arguments: Any, **named: Any) -> Any:
-                both = rotate(*arguments, **named)
-                path = self.trial.inside("self_attn")
-                for name, value in zip(("q_pe", "k_pe"), both, strict=True):
-                    self.trial.record(f"{path}.{name}", value.transpose(1, 2))
-                return both
-
-            return rotated
-
-        for name, rotate in kept.items():
-            setattr(self.modeling, name, noting(rotate))
-        try:
-            yield
-        finally:
-            for name, rotate in kept.items():
-                setattr(self.modeling, name, rotate)
-
-    def mask(self, hidden: Any) -> Any:
-        """The attention mask for hidden states (B, S, D): its own causal one, or that of packed sequences."""
-        size, length = hidden.shape[:2]
-        if self.trial.segments is not None:
-            return self.packed(size, length)
-        masking = library("transformers.masking_utils")
-        return masking.create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-        )
-
-    def packed(self, size: int, length: int) -> Any:
-        """(B, 1, S, S): truth values for sdpa, for eager what is added to the scores."""
-        seen = self.trial.allowed(size, length)
-        if self.config._attn_implementation == "sdpa":
-            return seen
-        lowest = self.torch.finfo(self.trial.dtype).min
-        return self.torch.zeros(seen.shape, dtype=self.trial.dtype).masked_fill(~seen, lowest)
-
-
-def _expressible(case: PortCase, config: ModelConfig, v2: bool) -> None:
-    """Raises NotForMe for forms that the library has no field for."""
-    if config.has_indexer:
-        raise NotForMe("transformers' DeepseekV3 has no sparse attention")
-    if routes(case, config):
-        method = "V2's softmax" if v2 else "V3's sigmoid"
-        if v2 == config.has_selection_bias:
-            raise NotForMe(f"transformers has no router with {method} and topk_method {config.topk_method}")
-        if not v2 and config.experts_per_group < 2:
-            raise NotForMe("transformers' router needs two experts in a group")
-        if case.component != "gate" and config.n_shared_experts == 0:
-            raise NotForMe("transformers' DeepseekV3MoE always has shared experts")
-    if case.component == "model" and config.moe_layer_freq != 1:
-        raise NotForMe("transformers ignores moe_layer_freq")
-    if case.component == "model" and config.num_nextn_predict_layers:
-        raise NotForMe("transformers' DeepseekV3ForCausalLM has no MTP modules to give gradients of")
-    if v2 and not config.rope_interleave:
-        raise NotForMe("transformers' DeepseekV2 rotates neighbours only")
-
-
-def _names(key: str, config: ModelConfig, weights: Mapping[str, Array]) -> Names:
-    """Its name of a weight in ours: it stacks experts, and fuses gate_proj and up_proj."""
-    if key == "lm_head.weight" and key not in weights:
-        return "model.embed_tokens.weight"
-    path, _, leaf = key.rpartition(".")
-    if leaf not in ("gate_up_proj", "down_proj"):
-        return key
-    projections = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-    experts = range(config.n_routed_experts)
-    return [[f"{path}.{expert}.{name}.weight" for name in projections] for expert in experts]
-
-
-def _shown(path: str, arguments: Sequence[Any], output: Any) -> Iterable[tuple[str, Any]]:
-    above, _, leaf = path.rpartition(".")
-    if leaf == "gate":
-        logits, weight, idx = output
-        yield from ((f"{path}.logits", logits), (f"{path}.topk_idx", idx), (f"{path}.topk_weight", weight))
-    elif leaf in ("down_proj", "o_proj"):
-        yield f"{above}.{'act' if leaf == 'down_proj' else 'heads'}", arguments[0]
-        yield path, output
-    else:
-        yield path, output[0] if leaf == "self_attn" else output
 
 
 def _layer(path: str) -> int:
     return int(path.split(".")[2])
 
 
-def _rotary_of(model: _Library, hidden: Any) -> Any:
+def _rotary_of(model: Library, hidden: Any) -> Any:
     return model.rotary()(hidden, model.trial.positions(*hidden.shape[:2]))
 
 
-def _simple(model: _Library, module: Any, x: Any) -> None:
+def _simple(model: Library, module: Any, x: Any) -> None:
     """A module that is a function of one tensor."""
     trial = model.trial
     y = model.placed(module, trial.path)(x)
     trial.finish([y], [trial.cotangent("dy", y)] if trial.backward else [])
 
 
-def _linear(model: _Library) -> None:
+def _linear(model: Library) -> None:
     rows, columns = model.trial.weights[f"{model.trial.path}.weight"].shape
     linear = model.torch.nn.Linear(columns, rows, bias=False, device="meta")
     _simple(model, linear, model.trial.number("x"))
 
 
-def _embedding(model: _Library) -> None:
+def _embedding(model: Library) -> None:
     size = model.trial.weights[f"{model.trial.path}.weight"].shape
     embedding = model.torch.nn.Embedding(*size, model.config.pad_token_id, device="meta")
     _simple(model, embedding, model.trial.integer("ids"))
 
 
-def _norm(model: _Library) -> None:
+def _norm(model: Library) -> None:
     trial = model.trial
     (width,) = trial.weights[f"{trial.path}.weight"].shape
     _simple(model, model.part("RMSNorm", width, eps=trial.case.arguments["eps"]), trial.number("x"))
 
 
-def _mlp(model: _Library) -> None:
+def _mlp(model: Library) -> None:
     trial = model.trial
     width = trial.weights[f"{trial.path}.gate_proj.weight"].shape[0]
     _simple(model, model.part("MLP", model.config, intermediate_size=width), trial.number("x"))
 
 
-def _rope_tables(model: _Library) -> None:
+def _rope_tables(model: Library) -> None:
     trial, rotary = model.trial, model.rotary()
     ids = trial.integer("position_ids")
     tables = rotary(model.torch.empty(0, dtype=trial.dtype), ids[None])
@@ -231,7 +96,7 @@ def _rope_tables(model: _Library) -> None:
         trial.record(f"{trial.path}.{name}", value)
 
 
-def _rope(model: _Library) -> None:
+def _rope(model: Library) -> None:
     trial = model.trial
     names, halves = ("q_pe", "k_pe"), not model.v2
     heads = [trial.number(name).transpose(0, 1)[None] for name in names]  # (1, H, T, R)
@@ -252,7 +117,7 @@ def _rope(model: _Library) -> None:
         trial.finish(rotated, cotangents)
 
 
-def _attention(model: _Library) -> None:
+def _attention(model: Library) -> None:
     trial = model.trial
     module = model.part("Attention", model.config, _layer(trial.path)).eval()
     query, key, value = (trial.number(name) for name in ("query", "key", "value"))
@@ -268,21 +133,21 @@ def _attention(model: _Library) -> None:
     trial.finish([heads], [trial.cotangent("dy", heads)] if trial.backward else [])
 
 
-def _mla(model: _Library) -> None:
+def _mla(model: Library) -> None:
     trial, x = model.trial, model.trial.number("x")
     module = model.placed(model.part("Attention", model.config, _layer(trial.path)), trial.path)
     y, _ = module(x, position_embeddings=_rotary_of(model, x), attention_mask=model.mask(x))
     trial.finish([y], [trial.cotangent("dy", y)] if trial.backward else [])
 
 
-def _gate(model: _Library) -> None:
+def _gate(model: Library) -> None:
     trial = model.trial
     router = model.placed(model.part("TopkRouter", model.config), trial.path)
     _, weight, _ = router(trial.number("x"))
     trial.finish([weight], [trial.cotangent("dy", weight)] if trial.backward else [])
 
 
-def _experts(model: _Library) -> None:
+def _experts(model: Library) -> None:
     trial = model.trial
     module = model.placed(model.part("Experts", model.config), trial.path)
     # The router of the library gives float32 weights whatever the type of the model is.
@@ -291,19 +156,19 @@ def _experts(model: _Library) -> None:
     trial.finish([y], [trial.cotangent("dy", y)] if trial.backward else [])
 
 
-def _moe(model: _Library) -> None:
+def _moe(model: Library) -> None:
     name = "Moe" if model.v2 else "MoE"
     _simple(model, model.part(name, model.config), model.trial.number("x"))
 
 
-def _block(model: _Library) -> None:
+def _block(model: Library) -> None:
     trial, x = model.trial, model.trial.number("x")
     layer = model.placed(model.part("DecoderLayer", model.config, trial.case.arguments["layer"]), trial.path)
     y = layer(x, attention_mask=model.mask(x), position_embeddings=_rotary_of(model, x))
     trial.finish([y], [trial.cotangent("dy", y)] if trial.backward else [])
 
 
-def _head_loss(model: _Library) -> None:
+def _head_loss(model: Library) -> None:
     trial, config = model.trial, model.config
     norm = model.placed(model.part("RMSNorm", config.hidden_size, eps=config.rms_norm_eps), "model.norm")
     head = model.placed(
@@ -321,7 +186,7 @@ def _head_loss(model: _Library) -> None:
     trial.record("grad.logits", logits.grad)
 
 
-def _model(model: _Library) -> None:
+def _model(model: Library) -> None:
     trial = model.trial
     causal = model.part("ForCausalLM", model.config)
     causal.model.rotary_emb = model.rotary()  # its table is no weight, and was not computed above
@@ -343,7 +208,7 @@ def _model(model: _Library) -> None:
     trial.finish(starts, cotangents)
 
 
-COMPONENTS: Final[Mapping[str, Callable[[_Library], None]]] = {
+COMPONENTS: Final[Mapping[str, Callable[[Library], None]]] = {
     "linear": _linear,
     "embedding": _embedding,
     "norm": _norm,

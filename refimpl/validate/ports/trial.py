@@ -1,8 +1,8 @@
-"""A case as PyTorch modules see it: leaves, weights, what was computed inside, gradients.  SPEC CASE-7, MODEL-5.
+"""A case as PyTorch modules see it: leaves, weights, what they compute inside, gradients.  SPEC CASE-7.
 
 `load` puts the case's weights into a module, `watch` notes what its submodules compute by our names, `finish`
-runs autograd from the case's cotangent.  Routing that a case gives is replayed: inside of a gate, top-k answers
-with the given experts, and all other arithmetic is the module's own.
+runs autograd from the case's cotangent.  Routing that a case gives is replayed: inside of a gate, top-k
+answers with the given experts, and all other arithmetic is the module's own.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Trial:
         self.seen: dict[str, Any] = {}  # everything that has a name
         self._leaves: dict[str, Any] = {}
         self._loaded: list[tuple[Any, Callable[[str], Names]]] = []
+        self._row, self._tokens = 0, slice(None)  # of sequences that run one by one
         self._inside: list[str] = []  # paths of the modules that are running
         self.score_axes = (0, 1, 2, 3)  # where B, H, S, S are in the scores that the softmax gets
 
@@ -113,6 +114,14 @@ class Trial:
         counted = positions(np.zeros((size, length), np.int64) if segments is None else segments)
         return self.torch.from_numpy(counted)
 
+    @property
+    def longest(self) -> int:
+        """One more than the largest position of the case."""
+        if "position_ids" in self.inputs:
+            return int(self.inputs["position_ids"].max()) + 1
+        hidden = self.inputs.get("input_ids", self.inputs.get("x"))
+        return 1 if hidden is None else hidden.shape[min(1, hidden.ndim - 1)]
+
     def allowed(self, size: int, length: int) -> Any:
         """(B, 1, S, S) bool: may query i see key j."""
         segments = self.segments
@@ -123,7 +132,10 @@ class Trial:
     # What comes out.
 
     def record(self, name: str, value: Any) -> None:
-        """A tensor by our name; what the case does not ask for is left out."""
+        """A tensor by our name; what the case does not ask for is left out.  Sequences that run one by one
+        are put together."""
+        if self._row > 0 and name in self.seen:
+            value = self.torch.cat([self.seen[name], value])
         self.seen[name] = value
         if name in self.shapes:
             self.found[name] = value
@@ -155,6 +167,15 @@ class Trial:
         finally:
             self._inside.pop()
 
+    @contextmanager
+    def row(self, row: int, length: int) -> Iterator[None]:
+        """For one sequence of several that run one by one, in their order."""
+        self._row, self._tokens = row, slice(row * length, (row + 1) * length)
+        try:
+            yield
+        finally:
+            self._row, self._tokens = 0, slice(None)
+
     def inside(self, leaf: str) -> str | None:
         """The path of the module of that name that is running, innermost."""
         return next((path for path in reversed(self._inside) if path.endswith(f".{leaf}")), None)
@@ -162,8 +183,16 @@ class Trial:
     @property
     def targets(self) -> Any:
         """targets (B, S), from `labels` where these are given (SPEC MODEL-3), or None."""
-        names = ("input_ids", "labels", "targets", "mask", "segment_ids", "position_ids")
-        read = read_inputs(self.config, *(self.inputs.get(name) for name in names))
+        given = self.inputs.get
+        read = read_inputs(
+            self.config,
+            self.inputs["input_ids"],
+            given("labels"),
+            given("targets"),
+            given("mask"),
+            given("segment_ids"),
+            given("position_ids"),
+        )
         return None if read.targets is None else self.torch.from_numpy(read.targets)
 
     def starts(self, loss: Any) -> tuple[list[Any], list[Any]]:
@@ -244,7 +273,7 @@ class Trial:
         given = self.inputs.get(f"{gate}.topk_idx")
         if given is None or values.ndim != 2:
             return NotImplemented
-        idx = self.torch.from_numpy(given.reshape(-1, given.shape[-1]))
+        idx = self.torch.from_numpy(given.reshape(-1, given.shape[-1])[self._tokens])
         if values.shape[-1] == config.n_routed_experts and count == config.num_experts_per_tok:
             return values.gather(-1, idx), idx
         if values.shape[-1] == config.groups:

@@ -1,10 +1,11 @@
 """DeepSeek's own inference code, `inference/model.py` of deepseek-ai/DeepSeek-V3, as a port.  SPEC VERDICT-1.
 
     python -m refimpl.validate.ports.deepseek CASE_DIR OUTPUT.safetensors --checkout DIR
-        [--dtype bfloat16|float32] [--attention absorb|naive]
+        [--dtype bfloat16|float32] [--attention absorb|naive] [--backward]
 
 The folder is that of a checkout; without the option it is that in REFIMPL_DEEPSEEK_V3.  Its modules run
-unchanged on the CPU, with these additions:
+unchanged on the CPU.  It is inference code and claims no gradients; with --backward autograd runs through it
+all the same.  Added are:
 
 - `kernel`, the Triton kernels of FP8, is a stub: weights that are not FP8 never call it;
 - its gate has a selection bias only if its width is 7168: elsewhere the bias is attached;
@@ -46,12 +47,18 @@ def run(case: PortCase) -> dict[str, Array]:
 
 
 def outputs(
-    case: PortCase, dtype: str = "bfloat16", attention: str = "absorb", checkout: str | None = None
+    case: PortCase,
+    dtype: str = "bfloat16",
+    attention: str = "absorb",
+    checkout: str | None = None,
+    backward: bool = False,
 ) -> dict[str, Array]:
     """name -> array, by the names of case.json.  Raises NotForMe, Missing, Unreadable."""
     model_cases(case)
     if case.component not in COMPONENTS:
         raise NotForMe(f"DeepSeek's code has no module of its own for the component {case.component}")
+    if case.backward and not backward:
+        raise NotForMe("DeepSeek's code is for inference; --backward runs autograd through it")
     trial = Trial(case, dtype)
     trial.score_axes = (0, 2, 1, 3)
     expressible(case, trial.config)
@@ -297,11 +304,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkout", metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--attention", choices=ATTENTION, default="absorb")
+    parser.add_argument("--backward", action="store_true")
 
 
-ADAPTER: Final = Adapter(
-    str(__doc__), _options, lambda case, given: outputs(case, given.dtype, given.attention, given.checkout)
-)
+def _run(case: PortCase, given: argparse.Namespace) -> dict[str, Array]:
+    return outputs(case, given.dtype, given.attention, given.checkout, given.backward)
+
+
+ADAPTER: Final = Adapter(str(__doc__), _options, _run)
 
 if __name__ == "__main__":
     sys.exit(ADAPTER.main())

@@ -203,14 +203,9 @@ class Trial:
             raise NotForMe(f"a cotangent of {missing[0]} is given, which is computed inside of a module")
         tensors = [self.seen[name] for name in names]
         cotangents = [self.cotangent(f"d.{name}", self.seen[name]) for name in names]
-        return (
-            ([loss], [None])
-            if not names
-            else (
-                [*tensors, *([] if loss is None else [loss])],
-                [*cotangents, *([] if loss is None else [None])],
-            )
-        )
+        if loss is not None:
+            tensors, cotangents = [*tensors, loss], [*cotangents, None]
+        return tensors, cotangents
 
     def finish(self, outputs: Sequence[Any], cotangents: Sequence[Any]) -> None:
         """Run autograd and record the gradients of inputs and weights."""

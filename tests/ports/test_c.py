@@ -225,6 +225,11 @@ CHANGES = {  # case -> (what is changed in case.json, what the port says)
     "unknown scores": ("gate/v3", ("scoring_func", "tanh"), "scoring_func is tanh"),
     "odd rotary width": ("rope/yarn", ("qk_rope_head_dim", 63), "an even number is required"),
     "rotary base below 1": ("rope/yarn", ("rope_theta", 0.5), "rope_theta is 0.5"),
+    "YaRN that shortens": (
+        "rope/yarn",
+        ("rope_scaling", {"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 4096}),
+        "YaRN's factor is 0.5",
+    ),
     "unknown rotary type": ("rope/yarn", ("rope_scaling", {"type": "ntk"}), "the rotary type is ntk"),
     "an enormous rotary width": ("rope/yarn", ("qk_rope_head_dim", 1 << 30), "memory"),
 }

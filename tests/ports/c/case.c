@@ -78,8 +78,8 @@ Matrix case_input(const Case *c, const char *name, size_t columns)
     const Tensor *t = safetensors_get(&c->inputs, name);
     Matrix m = {0, columns, NULL};
 
-    require(case_width(c, name) == columns, "the tensor %s has rows of %lu numbers, but %lu are required", name,
-            (unsigned long)case_width(c, name), (unsigned long)columns);
+    require(case_width(c, name) == columns, "the tensor %s has rows of %lu numbers, but %lu are required",
+            name, (unsigned long)case_width(c, name), (unsigned long)columns);
     m.rows = t->count / columns;
     m.values = safetensors_floats(t);
     return m;

@@ -62,7 +62,8 @@ static Rules rules_of(const Case *c)
         r.best = r.chosen / r.kept;
     require(r.experts % r.groups == 0, "%lu experts do not divide into %lu groups", (unsigned long)r.experts,
             (unsigned long)r.groups);
-    require(r.kept <= r.groups, "%lu of %lu groups are to be kept", (unsigned long)r.kept, (unsigned long)r.groups);
+    require(r.kept <= r.groups, "%lu of %lu groups are to be kept", (unsigned long)r.kept,
+            (unsigned long)r.groups);
     require(r.chosen <= r.kept * (r.experts / r.groups), "%lu experts are to be chosen, but %lu are kept",
             (unsigned long)r.chosen, (unsigned long)(r.kept * (r.experts / r.groups)));
     require(r.kept == r.groups || (r.best >= 1 && r.best <= r.experts / r.groups),
@@ -220,8 +221,8 @@ static const int64_t *given_experts(const Case *c, size_t tokens, const Rules *r
     require(count / r->chosen == tokens && count % r->chosen == 0, "%lu experts are given for %lu tokens",
             (unsigned long)count, (unsigned long)tokens);
     for (i = 0; i < count; i++) {
-        require(experts[i] >= 0 && (uint64_t)experts[i] < r->experts, "expert %ld is given, but there are %lu",
-                (long)experts[i], (unsigned long)r->experts);
+        require(experts[i] >= 0 && (uint64_t)experts[i] < r->experts,
+                "expert %ld is given, but there are %lu", (long)experts[i], (unsigned long)r->experts);
         for (k = i - i % r->chosen; k < i; k++)
             require(experts[k] != experts[i], "expert %ld is given twice for a token", (long)experts[i]);
     }

@@ -182,7 +182,8 @@ static void require_distinct_keys(const Reader *r, const Json *object)
     if (object->count > 1)
         qsort(keys, object->count, sizeof *keys, by_text);
     for (i = 1; i < object->count; i++)
-        require(strcmp(keys[i - 1], keys[i]) != 0, "%s has the key %s twice in one object", r->where, keys[i]);
+        require(strcmp(keys[i - 1], keys[i]) != 0, "%s has the key %s twice in one object", r->where,
+                keys[i]);
 }
 
 static Json *read_value(Reader *r);

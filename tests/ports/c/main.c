@@ -15,7 +15,8 @@ static const struct {
     const char *component;
     void (*run)(Case *c);
 } OPERATIONS[] = {
-    {"norm", norm_run}, {"rope", rope_run}, {"rope_tables", rope_tables_run}, {"gate", gate_run}, {"mlp", mlp_run},
+    {"norm", norm_run}, {"rope", rope_run}, {"rope_tables", rope_tables_run},
+    {"gate", gate_run}, {"mlp", mlp_run},
 };
 
 int main(int count, char **arguments)

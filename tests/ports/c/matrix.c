@@ -6,16 +6,16 @@
 
 #include <math.h>
 
-/* Partial sums of a long one. With a single one the squares of a row of norm/hidden, which are integers of which
-   most bits are lost when the sum is large, are rounded down so often that the norm is 2e-5 off. */
+/* Partial sums of a long one. A single one would be 4e-5 too small for the squares of norm/hidden: they are odd
+   or multiples of 4 (times a power of two), so that rounding a large sum mostly drops a 1. */
 #define LANES 8
 
 Matrix matrix_new(size_t rows, size_t columns)
 {
     Matrix m = {rows, columns, NULL};
 
-    require(columns == 0 || rows <= MEMORY_LIMIT / columns, "a matrix of %lu rows and %lu columns is too large",
-            (unsigned long)rows, (unsigned long)columns);
+    require(columns == 0 || rows <= MEMORY_LIMIT / columns,
+            "a matrix of %lu rows and %lu columns is too large", (unsigned long)rows, (unsigned long)columns);
     m.values = allocate(rows * columns, sizeof *m.values);
     return m;
 }

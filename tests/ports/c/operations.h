@@ -1,4 +1,4 @@
-/* What this port computes: each reads the inputs of a case and gives its outputs. Clauses are those of SPEC.md. */
+/* What this port computes: each reads the inputs of a case and gives its outputs. Clauses are of SPEC.md. */
 
 #ifndef OPERATIONS_H
 #define OPERATIONS_H

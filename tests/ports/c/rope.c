@@ -31,7 +31,8 @@ static int yarn_applies(const Case *c, const Json *scaling)
         return 0;
     if (strcmp(applies, "config") == 0)
         return 1;
-    require(strcmp(applies, "beyond_original") == 0, "the choice yarn_applies is %s, which is not known", applies);
+    require(strcmp(applies, "beyond_original") == 0, "the choice yarn_applies is %s, which is not known",
+            applies);
     longest = number_field_or(c->choices, "max_seq_len", number_field(c->config, "max_position_embeddings"));
     return longest > number_field(scaling, "original_max_position_embeddings");
 }
@@ -46,9 +47,13 @@ static double dimension(double turns, double width, double theta, double origina
 static void ramp_of(const Json *yarn, double width, double theta, double *low, double *high)
 {
     double original = number_field(yarn, "original_max_position_embeddings");
+    double fast = number_field_or(yarn, "beta_fast", 32.0), slow = number_field_or(yarn, "beta_slow", 1.0);
 
-    *low = fmax(floor(dimension(number_field_or(yarn, "beta_fast", 32.0), width, theta, original)), 0.0);
-    *high = fmin(ceil(dimension(number_field_or(yarn, "beta_slow", 1.0), width, theta, original)), width - 1.0);
+    require(original >= 1.0 && fast > 0.0 && slow > 0.0,
+            "YaRN's original length, beta_fast and beta_slow are %g, %g and %g, but all must be positive", original,
+            fast, slow);
+    *low = fmax(floor(dimension(fast, width, theta, original)), 0.0);
+    *high = fmin(ceil(dimension(slow, width, theta, original)), width - 1.0);
     if (*high == *low)
         *high += 0.001;
 }
@@ -63,6 +68,7 @@ static Matrix frequencies(size_t width, double theta, const Json *yarn)
     if (yarn != NULL) {
         ramp_of(yarn, (double)width, theta, &low, &high);
         factor = number_field(yarn, "factor");
+        require(factor >= 1.0, "YaRN's factor is %g, but at least 1 is required", factor);
     }
     for (m = 0; m < width / 2; m++) {
         double frequency = pow(theta, -2.0 * (double)m / (double)width);
@@ -131,7 +137,8 @@ static Tables tables(const Case *c)
     float factor = yarn == NULL ? 1.0f : (float)cos_sin_factor(c, yarn);
 
     r.width = size_field(c->config, "qk_rope_head_dim");
-    require(r.width % 2 == 0, "qk_rope_head_dim is %lu, but an even number is required", (unsigned long)r.width);
+    require(r.width % 2 == 0, "qk_rope_head_dim is %lu, but an even number is required",
+            (unsigned long)r.width);
     require(theta > 1.0, "rope_theta is %g, but more than 1 is required", theta);
     r.inv_freq = frequencies(r.width, theta, yarn);
     r.cos = matrix_new(count, r.width / 2);
@@ -168,8 +175,9 @@ static Matrix heads_of(const Case *c, const char *name, const Tables *r)
 {
     Matrix x = case_input(c, name, r->width);
 
-    require(x.rows % r->cos.rows == 0, "the tensor %s has %lu heads in all, which is no multiple of %lu positions",
-            name, (unsigned long)x.rows, (unsigned long)r->cos.rows);
+    require(x.rows % r->cos.rows == 0,
+            "the tensor %s has %lu heads in all, which is no multiple of %lu positions", name,
+            (unsigned long)x.rows, (unsigned long)r->cos.rows);
     x.columns *= x.rows / r->cos.rows;
     x.rows = r->cos.rows;
     return x;

@@ -38,7 +38,8 @@ static Dtype dtype_of(const Json *name, const char *tensor)
 
     while (dtype < DTYPES && strcmp(name->text, NAMES[dtype]) != 0)
         dtype++;
-    require(dtype < DTYPES, "tensor %s has dtype %s, but BF16, F32, F64 or I64 is required", tensor, name->text);
+    require(dtype < DTYPES, "tensor %s has dtype %s, but BF16, F32, F64 or I64 is required", tensor,
+            name->text);
     return (Dtype)dtype;
 }
 
@@ -150,7 +151,8 @@ float *safetensors_floats(const Tensor *tensor)
         values[i] = tensor->dtype == F64   ? (float)from_wide_bits(bits)
                     : tensor->dtype == F32 ? from_bits((uint32_t)bits)
                                            : from_bits((uint32_t)bits << 16);
-        require(isfinite(values[i]), "element %lu of tensor %s is not finite", (unsigned long)i, tensor->name);
+        require(isfinite(values[i]), "element %lu of tensor %s is not finite", (unsigned long)i,
+                tensor->name);
     }
     return values;
 }

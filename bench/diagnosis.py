@@ -1,10 +1,10 @@
 """Score the diagnosis on ports that are not built from refimpl: torch_v3.py with mistakes in its source.
 
     python bench/diagnosis.py                                    everything; writes bench/diagnosis.md
-    python bench/diagnosis.py --only 'G0*,A07' --dtype float32   some of it
+    python bench/diagnosis.py --only 'G0*,A07' --dtype float32   some of it; the page keeps the other rows
     python bench/diagnosis.py --verdicts                         verdicts alone: what fails which cases
     python bench/diagnosis.py --build DIR --seed 7               the suites' cases under a seed, into DIR
-    python bench/diagnosis.py --cases DIR                        scored on those
+    python bench/diagnosis.py --cases DIR --set "seed 7"         scored on those
 
 The cases are whole ones (`refimpl golden generate`).  A planted mistake is run over the cases of the
 components in which it can show, and the outputs are handed to the diagnosis together.  It is named first when
@@ -21,30 +21,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ports")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ports"), str(ROOT / "bench")]
 CLAIMS = {"float32": "fp32", "bfloat16": "bf16"}
-SUITES = (
-    "embedding",
-    "linear",
-    "norm",
-    "rope",
-    "attention",
-    "mla",
-    "mlp",
-    "gate",
-    "moe",
-    "block",
-    "head",
-    "model",
-)
+
+Named = tuple[tuple[tuple[str, ...], ...], ...]  # findings, each of alternatives, each of ids
+
+# Scores.
+FIRST, LATER, HALF, WRONG, NONE = "first", "later", "one of two", "wrong claim", "none named"
+RIGHT_STAGE, OTHER_STAGE = "right stage", "other stage"
+PASSES, FAILS, FALSE = "passes", "FAILS", "FALSE CLAIM"
+CAUGHT, UNCAUGHT, NOT_A_MISTAKE, CRASHED = "caught", "no case fails", "not a mistake", "crashes"
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,14 @@ class Row:
 
     name: str
     dtype: str
-    ran: int  # cases
-    failed: tuple[str, ...]  # cases that did not hold
-    crashed: tuple[str, ...]
-    first: str = ""  # the tensor that is off first, in the first failed case
-    named: tuple[str, ...] = ()  # the ids of the classes that are named, best first, joined by spaces
-    said: str = ""
+    cases: str  # which set of cases
+    ran: int
+    failed: tuple[str, ...] = ()  # cases that did not hold
+    crashed: tuple[str, ...] = ()
+    first: tuple[tuple[str, str], ...] = ()  # failed case, and the tensor that is off first
+    named: Named = ()
+    explained: int = 0  # failed cases
+    unexplained: int = 0
     score: str = ""
     seconds: float = 0.0
 
@@ -75,7 +71,7 @@ def cases(root: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def outputs(
     port: Any, chosen: dict[str, tuple[Path, dict[str, Any]]], dtype: str, out: Path
-) -> tuple[list[tuple[Path, Path]], list[str]]:
+) -> tuple[list[tuple[Path, Path]], tuple[str, ...]]:
     """(folder, output) of every case that the port computed, and the ids of those in which it crashed."""
     from safetensors.torch import save_file
 
@@ -88,10 +84,10 @@ def outputs(
             crashed.append(id)
         else:
             made.append((folder, path))
-    return made, crashed
+    return made, tuple(crashed)
 
 
-def row(name: str, dtype: str, root: Path, verdicts_only: bool) -> Row:
+def row(name: str, dtype: str, root: Path, label: str, verdicts_only: bool) -> Row:
     """Run one planted change over its cases, and judge or diagnose the outputs."""
     import planted_all
 
@@ -105,34 +101,80 @@ def row(name: str, dtype: str, root: Path, verdicts_only: bool) -> Row:
     }
     with tempfile.TemporaryDirectory() as folder:
         made, crashed = outputs(planted.port(), chosen, dtype, Path(folder))
-        failed, first = [], ""
+        failing, passing, first = [], [], []
         for case, path in made:
             verdict = check(case, path, claim)
+            (passing if verdict.holds else failing).append((case, path))
             if not verdict.holds:
-                failed.append(verdict.case)
-                first = first or f"{verdict.case}: {verdict.first_off.name}"
-        counted = (len(chosen), tuple(failed), tuple(crashed), first)
-        if verdicts_only or not failed:
-            return Row(name, dtype, *counted, score=_without(planted, dtype, failed))
-        start = time.perf_counter()
-        named, said = diagnosed(made, claim)
-        seconds = time.perf_counter() - start
-    return Row(name, dtype, *counted, named, said, scored(planted, named, first), seconds)
+                assert verdict.first_off is not None
+                first.append((verdict.case, verdict.first_off.name))
+        ran = Row(name, dtype, label, len(chosen), tuple(id for id, _ in first), crashed, tuple(first))
+        if verdicts_only or not failing:
+            return replace(ran, score=undiagnosed(planted, dtype, bool(failing), bool(crashed)))
+        return diagnosed(ran, planted, failing, passing)
 
 
-def _without(planted: Any, dtype: str, failed: list[str]) -> str:
+def undiagnosed(planted: Any, dtype: str, fails: bool, crashes: bool) -> str:
+    """The score where no diagnosis was asked for, or there was nothing to diagnose."""
     if planted.right:
-        return "passes" if not failed else "FAILS"
-    return "caught" if failed else "not a mistake" if dtype not in planted.dtypes else "uncaught"
+        return FAILS if fails or crashes else PASSES
+    if fails:
+        return CAUGHT
+    return CRASHED if crashes else NOT_A_MISTAKE if dtype not in planted.dtypes else UNCAUGHT
 
 
-def diagnosed(made: list[tuple[Path, Path]], claim: str) -> tuple[tuple[str, ...], str]:
-    """(ids of the named classes, best first; what it says where it names none)."""
-    raise NotImplementedError
+def diagnosed(ran: Row, planted: Any, failing: list[Any], passing: list[Any]) -> Row:
+    """The row with what the diagnosis names."""
+    from refimpl.cases.claims import claim
+    from refimpl.cases.folder import Folder
+    from refimpl.validate.diagnosis import diagnose
+    from refimpl.validate.evidence import Evidence
+
+    def read(rows: list[Any]) -> list[Evidence]:
+        return [Evidence(Folder.open(folder), output) for folder, output in rows]
+
+    start = time.perf_counter()
+    found = diagnose(read(failing), claim(CLAIMS[ran.dtype]), read(passing))
+    seconds = time.perf_counter() - start
+    named = tuple(tuple(finding.names) for finding in found.findings)
+    return replace(
+        ran,
+        named=named,
+        explained=len(found.explained),
+        unexplained=len(found.unexplained),
+        score=scored(planted, named, ran.first),
+        seconds=round(seconds, 1),
+    )
 
 
-def scored(planted: Any, named: tuple[str, ...], first: str) -> str:
-    raise NotImplementedError
+def scored(planted: Any, named: Named, first: tuple[tuple[str, str], ...]) -> str:
+    """An id counts as its entry in the catalogue, without the letter of a reading."""
+    classes = [{tuple(sorted(id[:3] for id in one)) for one in finding} for finding in named]
+    if planted.right:
+        return FALSE if classes else FAILS
+    if planted.parts:
+        both, apart = tuple(sorted(planted.answer)), set().union(*classes[:2]) if classes else set()
+        if classes and (both in classes[0] or all((id,) in apart for id in both)):
+            return FIRST
+        return NONE if not classes else HALF if any((id,) in c for id in both for c in classes) else WRONG
+    if not planted.answer:
+        if classes:
+            return WRONG
+        right = [any(fnmatchcase(name, pattern) for pattern in planted.stage) for _, name in first]
+        return RIGHT_STAGE if 2 * sum(right) >= len(right) else OTHER_STAGE
+    hits = [any((id,) in c for id in planted.answer) for c in classes]
+    return NONE if not hits else FIRST if hits[0] else LATER if any(hits) else WRONG
+
+
+def line(r: Row) -> str:
+    """A row as it is printed while the others run."""
+    from diagnosis_page import classes
+
+    failed = f"{len(r.failed)}/{r.ran}" + (f" crashed {len(r.crashed)}" if r.crashed else "")
+    what = ": ".join(r.first[0]) if r.first else ""
+    if r.seconds:
+        what = f"{classes(r.named)} ({r.explained} explained, {r.unexplained} not)"
+    return f"{r.name:26}{r.dtype:10}{r.score:14}{failed:8}{r.seconds:6.1f} s  {what}"
 
 
 def work(only: str, dtypes: list[str]) -> Iterator[tuple[str, str]]:
@@ -150,34 +192,14 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def build(root: Path, seed: int, suites: tuple[str, ...], jobs: int) -> None:
-    """Write the float cases of the suites with inputs and weights of another seed."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        done = [pool.submit(_build, root, seed, suite) for suite in suites]
-        for suite, future in zip(suites, done, strict=True):
-            print(f"{suite}: {future.result()}", flush=True)
-
-
-def _build(root: Path, seed: int, suite: str) -> str:
-    from refimpl.cases import definition
-
-    definition.SEED = seed  # before a suite is read: every stream is of this seed
-    from refimpl.cases import build as built
-    from refimpl.cases import folder, generate, suites
-    from refimpl.cases.definition import Definition
-
-    made, lost = 0, []
-    for case in suites.suite(suite):
-        if isinstance(case, Definition) and case.rejects is None:
-            try:
-                whole = built.build(case)
-            except Exception as error:
-                lost.append(f"{case.id} ({error})")
-                continue
-            generate._assets(whole, root)
-            folder.write(root, whole.case, whole.given, whole.expected, whole.extras, True)
-            made += 1
-    return f"{made} cases" + "".join(f"\n  no case: {text}" for text in lost)
+def merged(file: Path, rows: list[Row]) -> list[Row]:
+    """The rows of the file, with those that are new in the place of the old ones."""
+    stored = json.loads(file.read_text()) if file.exists() else []
+    found = {(r["name"], r["dtype"], r["cases"]): r for r in stored}
+    found |= {(r.name, r.dtype, r.cases): json.loads(json.dumps(asdict(r))) for r in rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(list(found.values()), indent=0))
+    return [Row(**r) for r in found.values()]
 
 
 def main() -> int:
@@ -185,32 +207,34 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=Path, default=ROOT / "build" / "golden")
+    parser.add_argument("--set", default="seed 1", help="what the page calls these cases")
     parser.add_argument("--only", default="*", help="patterns of names, separated by commas")
     parser.add_argument("--dtype", choices=tuple(CLAIMS), action="append")
-    parser.add_argument("--verdicts", action="store_true", help="judge only")
+    parser.add_argument("--verdicts", action="store_true", help="judge only, and write nothing")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--rows", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--rows", type=Path, default=ROOT / "build" / "diagnosis.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "bench" / "diagnosis.md")
     parser.add_argument("--build", type=Path, help="write cases of another seed there, and stop")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--suites", default=",".join(SUITES))
+    parser.add_argument("--suites", help="of --build, separated by commas; by default all of numbers")
     given = parser.parse_args()
     if given.build:
-        build(given.build, given.seed, tuple(given.suites.split(",")), given.jobs)
+        from reseeded import build
+
+        build(given.build, given.seed, given.suites, given.jobs)
         return 0
-    todo = list(work(given.only, given.dtype or list(CLAIMS)))
-    rows = []
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
-        futures = [pool.submit(row, *item, given.cases, given.verdicts) for item in todo]
-        for future in futures:
-            found = future.result()
-            rows.append(found)
-            print(
-                f"{found.name:24}{found.dtype:10}{found.score:14}{len(found.failed)}/{found.ran}"
-                f" crashed {len(found.crashed)}  {found.first} {' '.join(found.named)}",
-                flush=True,
-            )
-    if given.rows:
-        given.rows.write_text(json.dumps([vars(r) for r in rows], indent=1))
+    from diagnosis_page import page
+
+    todo, rows = list(work(given.only, given.dtype or list(CLAIMS))), []
+    with ProcessPoolExecutor(
+        given.jobs, mp_context=get_context("spawn"), initializer=_quiet, max_tasks_per_child=20
+    ) as pool:
+        futures = [pool.submit(row, *item, given.cases, given.set, given.verdicts) for item in todo]
+        for future in as_completed(futures):
+            rows.append(future.result())
+            print(line(rows[-1]), flush=True)
+            if not given.verdicts:
+                given.page.write_text(page(merged(given.rows, rows)))
     return 0
 
 

@@ -60,6 +60,13 @@ REWRITES = (
             y = torch.cat((y[..., 0::2], y[..., 1::2]), -1)
         return y""",
         ),
+        (  # the cotangents of the case are in the layout of its inputs
+            "y.backward(value.reshape(y.shape).to(y.dtype), retain_graph=True)",
+            """value = value.reshape(y.shape).to(y.dtype)
+            if target.endswith("_pe") and model.config.get("rope_interleave", True):
+                value = torch.cat((value[..., 0::2], value[..., 1::2]), -1)
+            y.backward(value, retain_graph=True)""",
+        ),
     ),
     _rewrite(
         "root-and-division",

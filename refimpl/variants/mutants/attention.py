@@ -143,7 +143,7 @@ MUTANTS: Final = (
     Mutant("A02b", operations(**behind("attention", _KEY_WIDTH))),
     Mutant("A09", computing("attention", _empty_counts)),
     Mutant("A11", operations(attention=_two_at_once)),
-    Mutant("A12", computing("attention", _products_in_fp16), claims=("fp32", "tf32")),
+    Mutant("A12", computing("attention", _products_in_fp16)),
     Mutant("A13", computing("attention", _maxima_forgotten)),
     Mutant("A16a", rounded(BF16, "attention.scores", "attention.probs"), claims=("fp32", "tf32", "fp16")),
     Mutant("A16b", computing("attention", _in_bf16)),

@@ -24,8 +24,8 @@ def _one_more(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
 
 
 def _first_with_experts(c: Context) -> bool:
-    layer = c.path.split(".")[2]
-    return int(layer) == c.config.first_k_dense_replace
+    layer = int(c.path.split(".")[2])
+    return layer == next(i for i in range(layer + 1) if c.config.is_moe_layer(i))
 
 
 _NOTHING: Final = Step(lambda c, y: (c.ar.zeros(y.shape), None), lambda c, dy, kept: c.ar.zeros(dy.shape))

@@ -38,8 +38,10 @@ def _yarn(of: Callable[[ModelConfig, Choices, YarnScaling], Array]) -> Change:
     def made(ops: Ops) -> Frequencies:
         def frequencies(config: ModelConfig, choices: Choices) -> Array:
             scaling = rope.yarn(config, choices)
-            right: Array = ops.frequencies(config, choices)
-            return of(config, choices, scaling) if scaling else right
+            if scaling is None:
+                right: Array = ops.frequencies(config, choices)
+                return right
+            return of(config, choices, scaling)
 
         return frequencies
 
@@ -50,7 +52,7 @@ def _ramped(plain: Array, divided: Array, low: float, high: float) -> Array:
     """divided beyond the ramp from low to high, plain before it."""
     high = high if high != low else high + 0.001
     ramp = np.clip((np.arange(len(plain)) - low) / (high - low), 0.0, 1.0)
-    return divided * ramp + plain * (1.0 - ramp)
+    return np.asarray(divided * ramp + plain * (1.0 - ramp))
 
 
 def _not_truncated(config: ModelConfig, choices: Choices, scaling: YarnScaling) -> Array:

@@ -1,0 +1,96 @@
+"""Mistakes of the softmax core: what they change, and their derivatives."""
+
+import numpy as np
+import pytest
+from changed import GOLDEN, differing, gradient_error, outputs
+from support import TOLERANCE
+
+from refimpl.cases.folder import Folder
+from refimpl.numerics.formats import BF16, FP16, round_to
+from refimpl.variants.mutants.attention import MUTANTS, PART
+
+BY_ID = {mutant.id: mutant for mutant in MUTANTS}
+PATH = "model.layers.3.self_attn"
+ROUNDED = ("A12", "A16a", "A16b")
+
+
+def given(case: str, name: str):
+    folder = Folder.open(GOLDEN / case)
+    return folder.given(folder.case.tensor(name))
+
+
+@pytest.mark.parametrize("case", ["attention/packed-vjp", "mla/packed-vjp"])
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.id not in ROUNDED], ids=lambda m: m.id)
+def test_the_backward_is_the_derivative_of_the_forward(mutant, case: str) -> None:
+    assert gradient_error(case, mutant.change) < TOLERANCE
+
+
+@pytest.mark.parametrize("id", ROUNDED)
+def test_gradients_go_straight_through_roundings(id: str) -> None:
+    case = "attention/causal-vjp"
+    found, scale = outputs(case, BY_ID[id].change), outputs("rope/tables-yarn")[f"{PATH}.softmax_scale"][0]
+    query, key, value, dy = (given(case, name) for name in ("query", "key", "value", "dy"))
+    probs = found[f"{PATH}.probs"]
+    dp = dy @ value.swapaxes(-1, -2)
+    if id == "A16a":  # the wrong program's own rounding of the scores and the probabilities
+        assert np.array_equal(probs, round_to(probs, BF16))
+    ds = probs * (dp - (dp * probs).sum(-1, keepdims=True)) * scale
+    assert np.allclose(found["grad.value"], probs.swapaxes(-1, -2) @ dy, atol=1e-12)
+    assert np.allclose(found["grad.query"], ds @ key, atol=1e-12)
+    assert np.allclose(found["grad.key"], ds.swapaxes(-1, -2) @ query, atol=1e-12)
+
+
+def test_heads_of_values_are_read_as_if_they_were_as_wide_as_keys() -> None:
+    value = given("attention/causal", "value")[0]  # (2, S, 128)
+    flat = value.swapaxes(0, 1).reshape(-1)
+    found = outputs("attention/causal", BY_ID["A02a"].change)[f"{PATH}.heads"][0]
+    assert np.allclose(found[0, 0], value[0, 0], rtol=1e-12)  # the first head begins where it should
+    assert np.allclose(found[1, 0], flat[192:320], rtol=1e-12)  # the second 192 elements after it
+
+
+def test_heads_of_the_output_are_read_as_if_they_were_as_wide_as_keys() -> None:
+    right, found = (
+        outputs("attention/causal", m)[f"{PATH}.heads"][0] for m in (lambda s: s, BY_ID["A02b"].change)
+    )
+    flat = right.swapaxes(0, 1).reshape(-1)
+    assert np.allclose(found[0], right[0], rtol=1e-12)
+    assert np.allclose(found[1, 3], flat[3 * 256 + 192 : 3 * 256 + 320], rtol=1e-12)
+
+
+def test_a_part_without_keys_counts_as_one_logit_of_zero() -> None:
+    scores = outputs("attention/causal")[f"{PATH}.scores"]
+    found = outputs("attention/causal", BY_ID["A09"].change)[f"{PATH}.probs"]
+    empty = (32 - 1 - np.arange(32)) // PART  # whole parts after the query
+    expected = np.exp(scores) / (np.exp(scores).sum(-1, keepdims=True) + empty[:, None])
+    assert np.allclose(found, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_only_the_last_token_but_one_sees_more_than_it_may() -> None:
+    right, found = (
+        outputs("attention/causal", m)[f"{PATH}.scores"] for m in (lambda s: s, BY_ID["A11"].change)
+    )
+    assert np.argwhere((right != found)[0, 0]).tolist() == [[30, 31]]
+    assert differing("attention/causal", BY_ID["A11"].change) == ["scores", "probs", "heads"]
+
+
+def test_products_become_infinite_beyond_float16() -> None:
+    scale = outputs("rope/tables-yarn")[f"{PATH}.softmax_scale"][0]
+    right, found = (
+        outputs("attention/causal", m)[f"{PATH}.scores"] for m in (lambda s: s, BY_ID["A12"].change)
+    )
+    seen = np.isfinite(right)
+    assert np.allclose(found[seen], round_to(right[seen] / scale, FP16) * scale, rtol=1e-12)
+
+
+def test_parts_with_forgotten_maxima_are_right_when_there_is_one_part() -> None:
+    right, found = (
+        outputs("attention/sharp", m)[f"{PATH}.heads"] for m in (lambda s: s, BY_ID["A13"].change)
+    )
+    assert np.allclose(right[:, :, :PART], found[:, :, :PART], rtol=1e-12)
+    assert not np.isclose(right[:, :, PART:], found[:, :, PART:]).all(-1).any()
+
+
+def test_a_sum_in_bfloat16_loses_small_terms() -> None:
+    found = outputs("attention/causal", BY_ID["A16b"].change)[f"{PATH}.probs"]
+    assert np.array_equal(found, round_to(found, BF16))
+    assert np.abs(found.sum(-1) - 1.0).max() > 2.0**-8

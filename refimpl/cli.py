@@ -24,7 +24,7 @@ from refimpl.cases.suites import SUITES
 from refimpl.cases.verify import verify
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Error, Invalid
-from refimpl.validate import details, junit, page, portfile, report, summary
+from refimpl.validate import details, diagnosing, diagnosis_report, junit, page, portfile, report, summary
 from refimpl.validate.port import parse
 from refimpl.validate.validation import TIMEOUT, Wanted, terminating, usual_jobs, validate
 from refimpl.validate.verdict import check
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered; not for cases of bits",
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
+    checking.add_argument(
+        "--diagnose", action="store_true", help="name the known mistake that makes these numbers, if one does"
+    )
     checking.set_defaults(run=_check)
     _validating(commands.add_parser("validate", help="run and judge a whole implementation"))
     return parser
@@ -180,12 +183,18 @@ def _list(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace) -> int:
     verdict = check(given.case, given.output, given.claim)
+    found = None
+    if given.diagnose and not verdict.holds:
+        found = diagnosing.of_check(given.case, given.output, verdict)
+    extra = {} if found is None else {"diagnosis": diagnosis_report.to_dict(found)}
     if given.json == "-":
-        print(report.to_json(verdict), end="")
+        print(report.to_json(verdict, extra), end="")
         return HOLDS if verdict.holds else FAILS
     if given.json:
-        write_bytes(given.json, report.to_json(verdict).encode())
+        write_bytes(given.json, report.to_json(verdict, extra).encode())
     print(report.text(verdict))
+    if found is not None:
+        print(f"\n{diagnosis_report.text(found)}")
     return HOLDS if verdict.holds else FAILS
 
 

@@ -71,6 +71,9 @@ MEASURING = {  # these compute no golden value
     "cases/judge.py": "errors of a port are measured in float64",
     "cases/judging.py": "errors of a port are measured in float64",
     "cases/build.py": "counts of rows, and the median margin as it is shown",
+    "validate/evidence.py": "errors of a port are measured in float64",
+    "validate/closeness.py": "errors of a port are measured in float64",
+    "validate/diagnosis.py": "how many times closer, as it is shown",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -61,9 +62,9 @@ def text(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def to_json(verdict: Verdict) -> str:
-    """Everything in the verdict; numbers that JSON has not are text."""
-    return pretty(as_dict(verdict)) + "\n"
+def to_json(verdict: Verdict, more: Mapping[str, Any] | None = None) -> str:
+    """Everything in the verdict, and more if there is more; numbers that JSON has not are text."""
+    return pretty(as_dict(verdict) | dict(more or {})) + "\n"
 
 
 def as_dict(verdict: Verdict) -> dict[str, Any]:

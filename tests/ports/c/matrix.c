@@ -6,8 +6,8 @@
 
 #include <math.h>
 
-/* Partial sums of a long one. A single one would be 4e-5 too small for the squares of norm/hidden: they are odd
-   or multiples of 4 (times a power of two), so that rounding a large sum mostly drops a 1. */
+/* Partial sums of a long one. A single one would be 4e-5 too small for the squares of norm/hidden: they are
+   odd or multiples of 4 (times a power of two), so that rounding a large sum mostly drops a 1. */
 #define LANES 8
 
 Matrix matrix_new(size_t rows, size_t columns)

@@ -50,8 +50,8 @@ static void ramp_of(const Json *yarn, double width, double theta, double *low, d
     double fast = number_field_or(yarn, "beta_fast", 32.0), slow = number_field_or(yarn, "beta_slow", 1.0);
 
     require(original >= 1.0 && fast > 0.0 && slow > 0.0,
-            "original_max_position_embeddings, beta_fast and beta_slow are %g, %g and %g, not positive", original,
-            fast, slow);
+            "original_max_position_embeddings, beta_fast and beta_slow are %g, %g and %g, not positive",
+            original, fast, slow);
     *low = fmax(floor(dimension(fast, width, theta, original)), 0.0);
     *high = fmin(ceil(dimension(slow, width, theta, original)), width - 1.0);
     if (*high == *low)

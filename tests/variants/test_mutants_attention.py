@@ -65,6 +65,22 @@ def test_a_part_without_keys_counts_as_one_logit_of_zero() -> None:
     assert np.allclose(found, expected, rtol=1e-11, atol=1e-15)
 
 
+def test_the_later_half_is_read_with_the_stride_of_the_padded_one() -> None:
+    value, right = given("attention/causal", "value")[0], outputs("attention/causal")
+    found = outputs("attention/causal", BY_ID["A10"].change)[f"{PATH}.heads"][0]
+    assert np.allclose(found[:, :16], right[f"{PATH}.heads"][0, :, :16], rtol=1e-12)  # they see one half only
+    probs = right[f"{PATH}.probs"][0]
+    early, late = probs[..., :16], probs[..., 16:]
+    weight = late.sum(-1, keepdims=True)
+    partial = np.where(weight > 0, late @ value[:, 16:] / np.where(weight > 0, weight, 1.0), 0.0)
+    stored = partial.swapaxes(0, 1).reshape(-1)  # (S, H, 128), contiguous
+    for token, head in ((20, 0), (17, 1)):
+        begin = (token * 2 + head) * 192
+        read = np.take(stored, np.arange(begin, begin + 128), mode="wrap")
+        expected = early[head, token] @ value[head, :16] + weight[head, token] * read
+        assert np.allclose(found[head, token], expected, atol=1e-12)
+
+
 def test_only_the_last_token_but_one_sees_more_than_it_may() -> None:
     right, found = (
         outputs("attention/causal", m)[f"{PATH}.scores"] for m in (lambda s: s, BY_ID["A11"].change)

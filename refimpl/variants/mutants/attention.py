@@ -8,38 +8,40 @@ added with the weights exp(lse - lse of all).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
-from refimpl.layers.context import Context, Op, Ops
+from refimpl.layers import attention
+from refimpl.layers.context import Context, Cotangents, Op, Ops, child
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.formats import BF16, FP16, round_to
 from refimpl.variants.mutants.mutant import Mutant
-from refimpl.variants.stages import Other, behind, computing, gathered
+from refimpl.variants.stages import Other, Step, behind, computing, gathered
 from refimpl.variants.variation import operations, rounded
 
 PART: Final = 8  # keys of a partial result
 
 
-def _heads_apart(width: Callable[[Context], int]) -> Any:
-    """Heads of (B, H, S, W), stored as (B, S, H W), are taken to lie width(c) elements apart."""
+def _heads_apart(width: Callable[[Context], int], tokens_too: bool = False) -> Step:
+    """Heads of (B, H, S, W), stored as (B, S, H, W), are taken to lie width(c) elements apart; so are tokens,
+    H times that, if they too."""
 
     def index(c: Context, shape: tuple[int, ...]) -> Array:
-        b, h, s, w = (
-            np.arange(n).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(shape)
-        )
-        flat = (b * shape[2] + s) * shape[1] * shape[3] + h * width(c) + w
-        flat = flat % (shape[0] * shape[1] * shape[2] * shape[3])
-        row, column = np.divmod(flat, shape[1] * shape[3])  # token, place in it
-        head, place = np.divmod(column, shape[3])
-        sequence, token = np.divmod(row, shape[2])
-        return ((sequence * shape[1] + head) * shape[2] + token) * shape[3] + place
+        sizes, own = (shape[0], shape[2], shape[1], shape[3]), width(c)  # (B, S, H, W)
+        b, s, h, w = np.ogrid[tuple(slice(n) for n in sizes)]
+        row = sizes[2] * (own if tokens_too else sizes[3])
+        flat = (b * sizes[1] + s) * row + h * own + w
+        places = np.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape)  # of (B, H, S, W)
+        stored = places.swapaxes(1, 2).reshape(-1)
+        return np.asarray(stored[flat % stored.size].swapaxes(1, 2))
 
     return gathered(index)
 
 
 _KEY_WIDTH: Final = _heads_apart(lambda c: c.config.qk_head_dim)
+_PADDED: Final = _heads_apart(lambda c: c.config.qk_head_dim, tokens_too=True)
 
 
 def _values_apart(ops: Ops) -> Op:
@@ -68,6 +70,57 @@ def _two_at_once(ops: Ops) -> Op:
         return ops.attention.forward(c, query, key, value, scale, allowed)
 
     return Op(forward, ops.attention.backward)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    inner: attention.Saved = child("")
+    late: Any = None  # (B, H, S, S)  probabilities of the later half of the keys
+    weight: Any = None  # (B, H, S, 1)  their sum
+    inverse: Any = None  # of it, 0 where it is 0
+    partial: Any = None  # (B, H, S, Wv)  the later half's own output
+    places: Any = None
+
+
+class _Also(Cotangents):
+    """One gradient more that joins."""
+
+    def __init__(self, others: Cotangents, name: str, dy: Array) -> None:
+        super().__init__({})
+        self._others, self._name, self._dy = others, name, dy
+
+    def join(self, name: str, dy: Array) -> Array:
+        return self._others.join(name, dy + self._dy if name == self._name else dy)
+
+
+def _merged_with_one_stride(ops: Ops) -> Op:
+    """out = w_1 o_1 + w_2 o_2 of the two halves of the keys.  o_1 is padded to the width of keys; o_2 is not,
+    and is read as if it were."""
+
+    def forward(c: Context, query: Array, key: Array, value: Array, *rest: Any) -> tuple[Array, _Merged]:
+        out, saved = ops.attention.forward(c, query, key, value, *rest)
+        probs = saved.probs.value()
+        late = np.where(np.arange(probs.shape[-1]) >= probs.shape[-1] // 2, probs, 0.0)
+        weight = c.ar.sum(late)[..., None]
+        inverse = np.where(weight != 0.0, 1.0 / np.where(weight != 0.0, weight, 1.0), 0.0)
+        partial = c.ar.matmul(late, value.swapaxes(-1, -2)) * inverse
+        read, places = _PADDED.forward(c, partial)
+        out = c.ar.at("attention.out", out + weight * (read - partial))
+        return out, _Merged(saved, late, weight, inverse, partial, places)
+
+    def backward(c: Context, dout: Array, saved: _Merged, scale: float) -> tuple[Array, Array, Array]:
+        ar, value = c.ar, saved.inner.value.value()
+        read = _PADDED.forward(c, saved.partial)[0]
+        dpartial = _PADDED.backward(c, saved.weight * dout, saved.places) - saved.weight * dout
+        dsum = dpartial * saved.inverse  # of late v
+        dweight = ar.dot(dout, read - saved.partial) - ar.dot(dsum, saved.partial)  # (B, H, S)
+        dlate = ar.matmul(dsum, value) + dweight[..., None]
+        dlate = np.where(np.arange(dlate.shape[-1]) >= dlate.shape[-1] // 2, dlate, 0.0)
+        inside = replace(c, cotangents=_Also(c.cotangents, c.name("probs"), dlate))
+        dquery, dkey, dvalue = ops.attention.backward(inside, dout, saved.inner, scale)
+        return dquery, dkey, dvalue + ar.matmul(saved.late.swapaxes(-1, -2), dsum.swapaxes(-1, -2))
+
+    return Op(forward, backward)
 
 
 def _parts(x: Array) -> list[slice]:
@@ -142,6 +195,7 @@ MUTANTS: Final = (
     Mutant("A02a", operations(attention=_values_apart)),
     Mutant("A02b", operations(**behind("attention", _KEY_WIDTH))),
     Mutant("A09", computing("attention", _empty_counts)),
+    Mutant("A10", operations(attention=_merged_with_one_stride)),
     Mutant("A11", operations(attention=_two_at_once)),
     Mutant("A12", computing("attention", _products_in_fp16)),
     Mutant("A13", computing("attention", _maxima_forgotten)),

@@ -11,16 +11,21 @@ from refimpl.layers.context import Context
 from refimpl.numerics.arithmetic import Array
 from refimpl.variants.mutants.mutant import Mutant
 from refimpl.variants.stages import Step, behind, inside
-from refimpl.variants.variation import given
+from refimpl.variants.variation import Change, given
 
 
-def _one_more(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Token 0 stands in front, as a second mark of the beginning; the last id has no place any more."""
-    made = dict(inputs)
-    for name in ("ids", "input_ids"):
-        if name in made:
-            made[name] = np.concatenate([np.zeros_like(made[name][..., :1]), made[name][..., :-1]], -1)
-    return made
+def _moved(by: int) -> Change:
+    """The ids of every sequence, `by` places later; token 0 stands where there is none."""
+
+    def change(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        made = dict(inputs)
+        for name in ("ids", "input_ids"):
+            if name in made:
+                made[name] = np.roll(made[name], by, -1)
+                made[name][..., 0 if by > 0 else -1] = 0
+        return made
+
+    return given(change)
 
 
 def _first_with_experts(c: Context) -> bool:
@@ -31,6 +36,7 @@ def _first_with_experts(c: Context) -> bool:
 _NOTHING: Final = Step(lambda c, y: (c.ar.zeros(y.shape), None), lambda c, dy, kept: c.ar.zeros(dy.shape))
 
 MUTANTS: Final = (
-    Mutant("X01", given(_one_more)),
+    Mutant("X01a", _moved(1)),  # one more mark of the beginning
+    Mutant("X01b", _moved(-1)),  # none
     Mutant("X02", inside("block", **behind("experts", _NOTHING, _first_with_experts))),
 )

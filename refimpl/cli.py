@@ -24,7 +24,18 @@ from refimpl.cases.suites import SUITES
 from refimpl.cases.verify import verify
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Error, Invalid
-from refimpl.validate import details, diagnosing, diagnosis_report, junit, page, portfile, report, summary
+from refimpl.validate import (
+    details,
+    diagnosing,
+    diagnosis_report,
+    junit,
+    matrix,
+    matrix_report,
+    page,
+    portfile,
+    report,
+    summary,
+)
 from refimpl.validate.port import parse
 from refimpl.validate.validation import TIMEOUT, Wanted, terminating, usual_jobs, validate
 from refimpl.validate.verdict import check
@@ -85,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.set_defaults(run=_check)
     _validating(commands.add_parser("validate", help="run and judge a whole implementation"))
+    _mutating(commands.add_parser("mutants", help="which known mistake is caught by which case"))
     return parser
 
 
@@ -116,6 +128,16 @@ def _validating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="a page; - is standard output")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where outputs and what was printed stay")
     parser.set_defaults(run=_validate)
+
+
+def _mutating(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--id", action="append", default=[], metavar="ID", help="only this one; repeatable")
+    parser.add_argument("--cases", type=Path, metavar="DIR", help=f"default: {COMMITTED}")
+    parser.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--json", metavar="FILE", help="everything, as JSON; - is standard output")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a matrix.json to be written, or renewed")
+    parser.set_defaults(run=_mutants)
 
 
 def _golden(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -218,6 +240,21 @@ def _validate(given: argparse.Namespace) -> int:
     else:
         print(summary.text(found))
     return UNTRIED if not found.tried else HOLDS if found.holds else FAILS
+
+
+def _mutants(given: argparse.Namespace) -> int:
+    paths = matrix.chosen(_folder(given.cases), given.suites)
+    with _progress(len(paths), "running mutants") as done:
+        factors = matrix.matrix(paths, matrix.known(given.id), given.jobs, done)
+    found = matrix_report.outcomes(factors)
+    if given.out:
+        write_bytes(given.out, matrix_report.merged(given.out, factors).encode())
+    if given.json and given.json != "-":
+        write_bytes(given.json, matrix_report.to_json(found, factors).encode())
+    partial = bool(given.suites)
+    text = matrix_report.to_json(found, factors) if given.json == "-" else matrix_report.text(found, partial)
+    print(text.rstrip("\n"))
+    return FAILS if matrix_report.faults(found, partial) else HOLDS
 
 
 def _folder(given: Path | None) -> Path:

@@ -149,7 +149,7 @@ def diagnosed(ran: Row, planted: Any, failing: list[Any], passing: list[Any]) ->
 
 def scored(planted: Any, named: Named, first: tuple[tuple[str, str], ...]) -> str:
     """An id counts as its entry in the catalogue, without the letter of a reading."""
-    classes = [{tuple(sorted(id[:3] for id in one)) for one in finding} for finding in named]
+    classes = [{tuple(sorted({id[:3] for id in one})) for one in finding} for finding in named]
     if planted.right:
         return FALSE if classes else FAILS
     if planted.parts:

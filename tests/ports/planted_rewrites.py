@@ -80,7 +80,11 @@ REWRITES = (
     _rewrite("slots-one-by-one", (_COMBINE, _ONE_BY_ONE)),
     _rewrite(
         "scaled-queries",
-        (_SCORED, "scores = torch.matmul(query * self.softmax_scale(), key.transpose(2, 3))"),
+        (
+            _SCORED,
+            "scaled = query.float() * self.softmax_scale()\n"
+            "        scores = torch.matmul(scaled, key.float().transpose(2, 3)).to(query.dtype)",
+        ),
     ),
     _rewrite("sigmoid-by-exp", ("logits.sigmoid()", "1 / (1 + torch.exp(-logits))")),
     _rewrite("no-epsilon", (_SUM, "weight = weight / weight.sum(-1, keepdim=True)")),
@@ -105,7 +109,7 @@ REWRITES = (
         (
             "idx = choice.topk(top_k, -1)[1] if",
             "last = choice.shape[1] - 1\n"
-            "        backwards = choice.flip(1).argsort(-1, descending=True, stable=True)\n"
+            "        backwards = choice.flip(1).argsort(dim=-1, descending=True, stable=True)\n"
             "        idx = last - backwards[:, :top_k] if",
         ),
     ),

@@ -13,7 +13,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -53,12 +53,12 @@ class Adapter:
             raise Invalid(f"{OPTIONS} is {text!r}, but it must hold options of this port.") from None
         return self.run(case, given)
 
-    def main(self) -> int:
-        """Run one case from the command line."""
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run one case from the command line, and return the exit status."""
         parser = self.parser()
         parser.add_argument("case", type=Path, metavar="CASE_DIR")
         parser.add_argument("output", type=Path, metavar="OUTPUT.safetensors")
-        given = parser.parse_args()
+        given = parser.parse_args(arguments)
         try:
             safetensors.write(given.output, self.run(PortCase.open(given.case), given))
         except NotForMe as reason:

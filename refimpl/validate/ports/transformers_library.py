@@ -54,12 +54,11 @@ class Library:
     def rotary(self) -> Any:
         return getattr(self.modeling, f"{self.prefix}RotaryEmbedding")(self.config)
 
-    def placed(self, module: Any, path: str, watched: bool = True) -> Any:
+    def placed(self, module: Any, path: str) -> Any:
         """A module with the weights that the case has below a path."""
         trial, below = self.trial, f"{path}." if path else ""
         trial.load(module, lambda key: _names(f"{below}{key}", trial.config, trial.weights))
-        if watched:
-            trial.watch(module, lambda name: f"{below}{name}" if name else path, _shown)
+        trial.watch(module, lambda name: f"{below}{name}" if name else path, _shown)
         return module
 
     @contextmanager

@@ -80,8 +80,7 @@ class Demo:
         self.trial, self.torch, self.code = trial, trial.torch, code
         code.attn_impl = attention
         code.Linear.dtype = trial.dtype
-        hidden = trial.inputs.get("input_ids", trial.inputs.get("x"))
-        self.args = arguments(code, trial, 1 if hidden is None or hidden.ndim < 2 else hidden.shape[1])
+        self.args = arguments(code, trial, trial.extent[1])
 
     def angles(self, positions: Any) -> Any:
         """Rows of its table, which it makes for all positions up to the longest."""

@@ -151,9 +151,8 @@ def arguments(code: ModuleType, trial: Trial, length: int) -> Any:
     config, active = trial.config, Choices.from_dict(trial.case.choices).yarn_active(trial.config)
     yarn = config.rope_scaling
     original = yarn.original_max_position_embeddings if active and yarn is not None else length
-    size = next((len(x) for name, x in trial.inputs.items() if name in ("x", "input_ids")), 1)
     given: dict[str, Any] = {
-        "max_batch_size": size,
+        "max_batch_size": trial.extent[0],
         "max_seq_len": max(length, original + 1) if active else length,
         "original_seq_len": original,
         "vocab_size": config.vocab_size,

@@ -119,8 +119,14 @@ class Trial:
         """One more than the largest position of the case."""
         if "position_ids" in self.inputs:
             return int(self.inputs["position_ids"].max()) + 1
-        hidden = self.inputs.get("input_ids", self.inputs.get("x"))
-        return 1 if hidden is None else hidden.shape[min(1, hidden.ndim - 1)]
+        return self.extent[1]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(B, S) of the case's sequences; (1, 1) where it has none."""
+        name = "input_ids" if "input_ids" in self.inputs else "x"
+        shape = self.inputs[name].shape if name in self.inputs else ()
+        return (shape[0], shape[1]) if len(shape) == (2 if name == "input_ids" else 3) else (1, 1)
 
     def allowed(self, size: int, length: int) -> Any:
         """(B, 1, S, S) bool: may query i see key j."""
@@ -268,7 +274,7 @@ class Trial:
         given = self.inputs.get(f"{gate}.topk_idx")
         if given is None or values.ndim != 2:
             return NotImplemented
-        idx = self.torch.from_numpy(given.reshape(-1, given.shape[-1])[self._tokens])
+        idx = self.torch.from_numpy(np.array(given.reshape(-1, given.shape[-1])[self._tokens], np.int64))
         if values.shape[-1] == config.n_routed_experts and count == config.num_experts_per_tok:
             return values.gather(-1, idx), idx
         if values.shape[-1] == config.groups:

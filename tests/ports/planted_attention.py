@@ -195,7 +195,19 @@ YARN = (
 LATENT = (
     Planted("A01", ("A01",), ((_WIDTH, _WIDTH.replace("qk_nope_head_dim", "kv_lora_rank")),), SCALE),
     Planted(
-        "A02",
+        "A02-strided",
+        ("A02",),
+        (
+            (
+                _HEADS,
+                "F.pad(out.transpose(1, 2).flatten(), (0, heads * (nope + rot - wide))).as_strided("
+                "(size * length, heads, wide), (heads * wide, nope + rot, 1)).flatten(1)",
+            ),
+        ),
+        MLA,
+    ),
+    Planted(
+        "A02-padded",
         ("A02",),
         (
             (

@@ -59,10 +59,35 @@ def test_heads_of_the_output_are_read_as_if_they_were_as_wide_as_keys() -> None:
 
 def test_a_part_without_keys_counts_as_one_logit_of_zero() -> None:
     scores = outputs("attention/causal")[f"{PATH}.scores"]
-    found = outputs("attention/causal", BY_ID["A09"].change)[f"{PATH}.probs"]
+    found = outputs("attention/causal", BY_ID["A09a"].change)[f"{PATH}.probs"]
     empty = (32 - 1 - np.arange(32)) // PART  # whole parts after the query
     expected = np.exp(scores) / (np.exp(scores).sum(-1, keepdims=True) + empty[:, None])
     assert np.allclose(found, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_padded_heads_are_read_as_if_they_were_not_padded() -> None:
+    right, found = (
+        outputs("attention/causal", m)[f"{PATH}.heads"][0] for m in (lambda s: s, BY_ID["A02c"].change)
+    )
+    padded = np.pad(right, ((0, 0), (0, 0), (0, 64))).swapaxes(0, 1).reshape(-1)
+    assert np.array_equal(found.swapaxes(0, 1), padded[: right.size].reshape(32, 2, 128))
+
+
+@pytest.mark.parametrize("id", ["A09b", "A09c", "A13b"])
+def test_two_halves_are_right_where_both_are_seen_or_of_one_size(id: str) -> None:
+    right, found = (
+        outputs("attention/causal", m)[f"{PATH}.heads"][0] for m in (lambda s: s, BY_ID[id].change)
+    )
+    same = np.isclose(right, found, rtol=1e-12).all((0, 2))
+    assert same.tolist() == ([True] * 16 + [False] * 16 if id == "A13b" else [False] * 16 + [True] * 16)
+
+
+def test_a_half_that_is_not_seen_gives_the_mean_of_its_values() -> None:
+    scores, value = outputs("attention/causal")[f"{PATH}.scores"][0], given("attention/causal", "value")[0]
+    e = np.exp(scores[:, 3])
+    expected = (np.einsum("hk,hkv->hv", e, value) + value[:, 16:].sum(1)) / (e.sum(-1) + 16)[:, None]
+    found = outputs("attention/causal", BY_ID["A09c"].change)[f"{PATH}.heads"][0]
+    assert np.allclose(found[:, 3], expected, atol=1e-12)
 
 
 def test_the_later_half_is_read_with_the_stride_of_the_padded_one() -> None:
@@ -100,7 +125,7 @@ def test_products_become_infinite_beyond_float16() -> None:
 
 def test_parts_with_forgotten_maxima_are_right_when_there_is_one_part() -> None:
     right, found = (
-        outputs("attention/sharp", m)[f"{PATH}.heads"] for m in (lambda s: s, BY_ID["A13"].change)
+        outputs("attention/sharp", m)[f"{PATH}.heads"] for m in (lambda s: s, BY_ID["A13a"].change)
     )
     assert np.allclose(right[:, :, :PART], found[:, :, :PART], rtol=1e-12)
     assert not np.isclose(right[:, :, PART:], found[:, :, PART:]).all(-1).any()

@@ -27,6 +27,7 @@ def test_the_backward_is_the_derivative_of_the_forward(mutant, case: str) -> Non
         ("A06b", "kv_a_layernorm"),
         ("A07", "scores"),
         ("A17b", "q_a_layernorm"),
+        ("A17c", "q_a_layernorm"),
     ],
 )
 def test_the_first_stage_that_is_off_is_the_one_that_is_wrong(id: str, first: str) -> None:
@@ -36,6 +37,7 @@ def test_the_first_stage_that_is_off_is_the_one_that_is_wrong(id: str, first: st
 def test_without_a_query_latent_only_its_own_mistakes_show() -> None:
     assert differing("mla/no-query-latent", BY_ID["A17a"].change)[0] == "q_pe"
     assert differing("mla/no-query-latent", BY_ID["A17b"].change) == []
+    assert differing("mla/no-query-latent", BY_ID["A17c"].change) == []
     assert differing("mla/query-latent", BY_ID["A17a"].change) == []
 
 

@@ -23,7 +23,7 @@ def test_the_backward_is_the_derivative_of_the_forward(mutant, case: str) -> Non
     assert gradient_error(case, mutant.change) < TOLERANCE
 
 
-@pytest.mark.parametrize("id", ["R04a", "R04b", "R05", "R06a", "R06b"])
+@pytest.mark.parametrize("id", ["R04a", "R04b", "R04c", "R04d", "R05", "R06a", "R06b"])
 def test_with_other_tables_the_backward_is_the_adjoint(id: str) -> None:
     case = "rope/yarn-vjp"
     found = outputs(case, BY_ID[id].change)

@@ -51,6 +51,13 @@ def test_a_short_run_has_no_yarn_when_its_own_length_decides() -> None:
     assert np.allclose(changed[seen] * G * G, right[seen], rtol=1e-12)
 
 
+def test_a_length_that_is_taken_for_4096_never_has_yarn() -> None:
+    off = ["inv_freq", "cos", "sin", "softmax_scale"]
+    assert differing("rope/tables-yarn", BY_ID["Y02c"].change) == off
+    assert differing("rope/tables-yarn", BY_ID["Y02b"].change) == []  # its positions are beyond
+    assert differing("rope/tables-yarn-short", BY_ID["Y02c"].change) == []
+
+
 def test_yarn_that_should_not_apply_is_seen_where_a_length_is_chosen() -> None:
     assert differing("rope/tables-yarn", BY_ID["Y02a"].change) == []
     assert differing("rope/tables-yarn-short", BY_ID["Y02a"].change) == [

@@ -18,7 +18,7 @@ from refimpl.layers.context import Context, Cotangents, Op, Ops, child
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.formats import BF16, FP16, round_to
 from refimpl.variants.mutants.mutant import Mutant
-from refimpl.variants.stages import Other, Step, behind, computing, gathered
+from refimpl.variants.stages import Other, Step, Stepped, behind, computing, gathered
 from refimpl.variants.variation import operations, rounded
 
 PART: Final = 8  # keys of a partial result
@@ -42,6 +42,29 @@ def _heads_apart(width: Callable[[Context], int], tokens_too: bool = False) -> S
 
 _KEY_WIDTH: Final = _heads_apart(lambda c: c.config.qk_head_dim)
 _PADDED: Final = _heads_apart(lambda c: c.config.qk_head_dim, tokens_too=True)
+
+
+def _padding_read() -> Step:
+    """Heads are padded to the width of keys, and what is stored is read as if they were not."""
+
+    def taken(c: Context, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        batch, heads, length, width = shape
+        places = np.arange(batch * heads * length * width).reshape(shape).swapaxes(1, 2)  # as stored
+        wide = np.full((*places.shape[:-1], max(c.config.qk_head_dim, width)), -1)
+        wide[..., :width] = places
+        read = wide.reshape(-1)[: places.size].reshape(places.shape).swapaxes(1, 2)
+        return np.maximum(read, 0), read >= 0
+
+    def forward(c: Context, y: Array) -> tuple[Array, Any]:
+        at, there = taken(c, y.shape)
+        return np.where(there, y.reshape(-1)[at], 0.0), (at, there)
+
+    def backward(c: Context, dy: Array, kept: Any) -> Array:
+        at, there = kept
+        dy = np.where(there, dy, 0.0)
+        return c.ar.segment_sum(dy.reshape(-1, 1), at.reshape(-1), dy.size).reshape(dy.shape)
+
+    return Step(forward, backward)
 
 
 def _values_apart(ops: Ops) -> Op:
@@ -123,42 +146,75 @@ def _merged_with_one_stride(ops: Ops) -> Op:
     return Op(forward, backward)
 
 
-def _parts(x: Array) -> list[slice]:
-    return [slice(at, at + PART) for at in range(0, x.shape[-1], PART)]
+Parts = Callable[[int], list[slice]]  # number of keys -> which are together
 
 
-def _empty_counts(ar: Arithmetic, *given: Any) -> Any:
+def _of_eight(keys: int) -> list[slice]:
+    return [slice(at, at + PART) for at in range(0, keys, PART)]
+
+
+def _two(keys: int) -> list[slice]:
+    half = (keys + 1) // 2
+    return [slice(0, half), slice(half, keys)]
+
+
+def _empty_counts(parts: Parts) -> Callable[..., Any]:
     """A part without a key for a query has lse = 0 and the result 0."""
 
-    def softmax(x: Array) -> Array:
-        empty = np.count_nonzero([np.isinf(x[..., at]).all(-1) for at in _parts(x)], 0)
-        largest = ar.max(x)[..., None]
-        e = ar.exp(x - largest)
-        weight: Array = e / (ar.sum(e)[..., None] + empty[..., None] * ar.exp(-largest))
-        return weight
+    def wrapped(ar: Arithmetic, *given: Any) -> Any:
+        def softmax(x: Array) -> Array:
+            empty = np.count_nonzero([np.isinf(x[..., at]).all(-1) for at in parts(x.shape[-1])], 0)
+            largest = ar.max(x)[..., None]
+            e = ar.exp(x - largest)
+            weight: Array = e / (ar.sum(e)[..., None] + empty[..., None] * ar.exp(-largest))
+            return weight
 
-    return Other(ar, softmax=softmax)
+        return Other(ar, softmax=softmax)
+
+    return wrapped
 
 
-def _maxima_forgotten(ar: Arithmetic, *given: Any) -> Any:
+def _empty_is_seen(ops: Ops) -> Op:
+    """A half of the keys of which a query sees none has logits of 0: lse = ln n, the mean of its values."""
+
+    def forward(c: Context, *given: Any) -> tuple[Array, Stepped]:
+        allowed = given[-1]
+        none = np.zeros(allowed.shape, bool)
+        for at in _two(allowed.shape[-1]):
+            none[..., at] = ~allowed[..., at].any(-1, keepdims=True)
+        ar: Any = Other(c.ar, softmax=lambda x: c.ar.softmax(np.where(none, 0.0, x)))
+        out, saved = ops.attention.forward(replace(c, ar=ar), *given)
+        return out, Stepped(saved, none, True)
+
+    def backward(c: Context, dout: Array, saved: Stepped, scale: float) -> Any:
+        ar: Any = Other(c.ar, dsoftmax=lambda p, dp: np.where(saved.kept, 0.0, c.ar.dsoftmax(p, dp)))
+        return ops.attention.backward(replace(c, ar=ar), dout, saved.inner, scale)
+
+    return Op(forward, backward)
+
+
+def _maxima_forgotten(parts: Parts) -> Callable[..., Any]:
     """Parts are added with the weights sum exp(s - own maximum), as if all had the same maximum."""
 
-    def softmax(x: Array) -> Array:
-        shifted = np.empty_like(x)
-        for at in _parts(x):
-            largest = ar.max(x[..., at])[..., None]
-            shifted[..., at] = x[..., at] - np.where(np.isinf(largest), 0.0, largest)
-        return ar.softmax(shifted)
+    def wrapped(ar: Arithmetic, *given: Any) -> Any:
+        def softmax(x: Array) -> Array:
+            shifted = np.empty_like(x)
+            for at in parts(x.shape[-1]):
+                largest = ar.max(x[..., at])[..., None]
+                shifted[..., at] = x[..., at] - np.where(np.isinf(largest), 0.0, largest)
+            return ar.softmax(shifted)
 
-    def dsoftmax(p: Array, dp: Array) -> Array:
-        ds = ar.dsoftmax(p, dp)
-        for at in _parts(p):
-            first = ar.decide(p[..., at]).argmax(-1)[..., None]
-            own = np.arange(p[..., at].shape[-1]) == first
-            ds[..., at] = ds[..., at] - np.where(own, ar.sum(ds[..., at])[..., None], 0.0)
-        return ds
+        def dsoftmax(p: Array, dp: Array) -> Array:
+            ds = ar.dsoftmax(p, dp)
+            for at in parts(p.shape[-1]):
+                first = ar.decide(p[..., at]).argmax(-1)[..., None]
+                own = np.arange(p[..., at].shape[-1]) == first
+                ds[..., at] = ds[..., at] - np.where(own, ar.sum(ds[..., at])[..., None], 0.0)
+            return ds
 
-    return Other(ar, softmax=softmax, dsoftmax=dsoftmax)
+        return Other(ar, softmax=softmax, dsoftmax=dsoftmax)
+
+    return wrapped
 
 
 def _in_bf16(ar: Arithmetic, *given: Any) -> Any:
@@ -194,11 +250,15 @@ def _products_in_fp16(ar: Arithmetic, *given: Any) -> Any:
 MUTANTS: Final = (
     Mutant("A02a", operations(attention=_values_apart)),
     Mutant("A02b", operations(**behind("attention", _KEY_WIDTH))),
-    Mutant("A09", computing("attention", _empty_counts)),
+    Mutant("A02c", operations(**behind("attention", _padding_read()))),
+    Mutant("A09a", computing("attention", _empty_counts(_of_eight))),
+    Mutant("A09b", computing("attention", _empty_counts(_two))),
+    Mutant("A09c", operations(attention=_empty_is_seen)),
     Mutant("A10", operations(attention=_merged_with_one_stride)),
     Mutant("A11", operations(attention=_two_at_once)),
     Mutant("A12", computing("attention", _products_in_fp16)),
-    Mutant("A13", computing("attention", _maxima_forgotten)),
+    Mutant("A13a", computing("attention", _maxima_forgotten(_of_eight))),
+    Mutant("A13b", computing("attention", _maxima_forgotten(_two))),
     Mutant("A16a", rounded(BF16, "attention.scores", "attention.probs"), claims=("fp32", "tf32", "fp16")),
     Mutant("A16b", computing("attention", _in_bf16)),
 )

@@ -72,15 +72,15 @@ def _over_all(every: bool) -> Step:
     return Step(forward, backward)
 
 
-def _gain_only(leaf: str) -> Made:
-    """A norm that multiplies with its gain and nothing else."""
+def _not_normalised(leaf: str, gain: bool = True) -> Made:
+    """A norm that multiplies with its gain and nothing else, or does not even do that."""
 
     def made(ops: Ops) -> Op:
         def forward(c: Context, x: Array, eps: float) -> tuple[Array, norm.Saved]:
             if c.leaf != leaf:
                 right: tuple[Array, norm.Saved] = ops.norm.forward(c, x, eps)
                 return right
-            y = c.ar.at("norm.out", x * c.array("weight"))
+            y = c.ar.at("norm.out", x * c.array("weight")) if gain else x
             return y, norm.Saved(c.ar.keep("norm.in", x), c.ar.array(np.ones((len(x), 1))), c.probe(y))
 
         def backward(c: Context, dy: Array, saved: norm.Saved, grads: Gradients) -> Array:
@@ -88,8 +88,9 @@ def _gain_only(leaf: str) -> Made:
                 right: Array = ops.norm.backward(c, dy, saved, grads)
                 return right
             dy = c.joined(dy)
-            grads.product_sum(c.name("weight"), c.microbatch, dy, saved.x.value())
-            return c.ar.at("d.norm.in", dy * c.array("weight"))
+            x = saved.x.value() if gain else c.ar.zeros(dy.shape)
+            grads.product_sum(c.name("weight"), c.microbatch, dy, x)
+            return c.ar.at("d.norm.in", dy * c.array("weight")) if gain else dy
 
         return Op(forward, backward)
 
@@ -117,13 +118,14 @@ MUTANTS: Final = (
     Mutant("A03b", inside("mla", **behind("linear", columns(_key_from_nope), KV_A))),
     Mutant(
         "A06a",
-        inside("mla", **behind("linear", _over_all(True), KV_A), norm=_gain_only("kv_a_layernorm")),
+        inside("mla", **behind("linear", _over_all(True), KV_A), norm=_not_normalised("kv_a_layernorm")),
     ),
     Mutant(
         "A06b",
-        inside("mla", **behind("linear", _over_all(False), KV_A), norm=_gain_only("kv_a_layernorm")),
+        inside("mla", **behind("linear", _over_all(False), KV_A), norm=_not_normalised("kv_a_layernorm")),
     ),
     Mutant("A07", inside("mla", **behind("linear", columns(_keys_then_values), KV_B))),
     Mutant("A17a", inside("mla", **behind("linear", _normalised(), named("q_proj")))),
-    Mutant("A17b", inside("mla", norm=_gain_only("q_a_layernorm"))),
+    Mutant("A17b", inside("mla", norm=_not_normalised("q_a_layernorm"))),
+    Mutant("A17c", inside("mla", norm=_not_normalised("q_a_layernorm", gain=False))),
 )

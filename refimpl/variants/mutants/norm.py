@@ -14,6 +14,8 @@ from refimpl.variants.mutants.mutant import Mutant
 from refimpl.variants.stages import Made, inside, named
 from refimpl.variants.variation import chosen, operations
 
+QUERIES: Final = named("q_a_layernorm")
+KEYS: Final = named("kv_a_layernorm")
 LATENT: Final = named("q_a_layernorm", "kv_a_layernorm")
 
 
@@ -30,20 +32,23 @@ def _epsilon(eps: float) -> Made:
     return made
 
 
-def _centred(ops: Ops) -> Op:
+def _centred(where: Callable[[Context], bool]) -> Made:
     """LayerNorm without its bias: the mean is subtracted first."""
 
     def centre(c: Context, x: Array) -> Array:
-        return x - c.ar.mean(x)[:, None] if LATENT(c) else x
+        return x - c.ar.mean(x)[:, None] if where(c) else x
 
-    def forward(c: Context, x: Array, eps: float) -> tuple[Array, norm.Saved]:
-        y: tuple[Array, norm.Saved] = ops.norm.forward(c, centre(c, x), eps)
-        return y
+    def made(ops: Ops) -> Op:
+        def forward(c: Context, x: Array, eps: float) -> tuple[Array, norm.Saved]:
+            y: tuple[Array, norm.Saved] = ops.norm.forward(c, centre(c, x), eps)
+            return y
 
-    def backward(c: Context, dy: Array, saved: norm.Saved, grads: Gradients) -> Array:
-        return centre(c, ops.norm.backward(c, dy, saved, grads))
+        def backward(c: Context, dy: Array, saved: norm.Saved, grads: Gradients) -> Array:
+            return centre(c, ops.norm.backward(c, dy, saved, grads))
 
-    return Op(forward, backward)
+        return Op(forward, backward)
+
+    return made
 
 
 def _sharded(where: Callable[[Context], bool]) -> Made:
@@ -85,6 +90,10 @@ MUTANTS: Final = (
     Mutant("A04a", operations(norm=_epsilon(1e-5))),
     Mutant("A04b", operations(norm=_epsilon(1e-6))),
     Mutant("A04c", chosen(latent_norm_epsilon="config")),
-    Mutant("A05", operations(norm=_centred)),
-    Mutant("A08", inside("mla", norm=_sharded(LATENT))),
+    Mutant("A05a", operations(norm=_centred(LATENT))),
+    Mutant("A05b", operations(norm=_centred(KEYS))),
+    Mutant("A05c", operations(norm=_centred(lambda c: True))),
+    Mutant("A08a", inside("mla", norm=_sharded(LATENT))),
+    Mutant("A08b", inside("mla", norm=_sharded(KEYS))),
+    Mutant("A08c", inside("mla", norm=_sharded(QUERIES))),
 )

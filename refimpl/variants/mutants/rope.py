@@ -175,6 +175,8 @@ MUTANTS: Final = (
     Mutant("R03", both(operations(rope=_permuted), _cotangents_permuted), benign=True),
     Mutant("R04a", _tables(_bf16, _bf16)),
     Mutant("R04b", operations(tables=_angles_rounded)),
+    Mutant("R04c", _tables(_same, _bf16)),
+    Mutant("R04d", _tables(_bf16, _same)),
     Mutant("R05", rounded(BF16, "rope.table"), claims=("fp32", "tf32", "fp16")),
     Mutant("R06a", _tables(lambda at: np.minimum(at, INT16), _same)),
     Mutant("R06b", _tables(_wrapped, _same)),

@@ -88,6 +88,11 @@ def _by_length(s: Setting) -> Setting:
     return chosen(yarn_applies=_unless_never(s, "beyond_original"), max_seq_len=longest)(s)
 
 
+def _in_4096(s: Setting) -> Setting:
+    """The longest sequence is taken for 4096, whatever the configuration or the choice say."""
+    return chosen(yarn_applies=_unless_never(s, "beyond_original"), max_seq_len=4096)(s)
+
+
 def _always(s: Setting) -> Setting:
     return chosen(yarn_applies=_unless_never(s, "config"))(s)
 
@@ -131,6 +136,7 @@ MUTANTS: Final = (
     Mutant("Y01", _yarn(lambda config, choices, scaling: _plain(config, choices))),
     Mutant("Y02a", _always),
     Mutant("Y02b", _by_length),
+    Mutant("Y02c", _in_4096),
     Mutant("Y03", _yarn(_not_truncated)),
     Mutant("Y04", _yarn(_clamped_at_half), benign=True),
     Mutant("Y05", _yarn(_factor_in_power)),

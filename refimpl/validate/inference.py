@@ -7,38 +7,41 @@ alternative's own values would not, refutes that alternative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
-from refimpl.cases.claims import Claim
+from refimpl.cases.claims import CLAIMS, Claim
 from refimpl.cases.folder import Folder
 from refimpl.cases.format import Tensor
-from refimpl.cases.judging import InMemory, Reference, judge, judge_set
+from refimpl.cases.judging import Reference, judge, judge_set
 from refimpl.config.choices import CHOICES, PROFILES, Choices
 from refimpl.errors import Error
 from refimpl.numerics.arithmetic import Array
 from refimpl.programs import Outputs, Setting
 from refimpl.validate import recomputed
 from refimpl.validate.output import Output
-from refimpl.validate.tensor import MALFORMED, MISSING, OFF
+from refimpl.validate.tensor import HOLDS, MALFORMED, MISSING, OFF
 from refimpl.validate.verdict import Verdict, of_numbers
 
 SAME: Final = 1e-12  # relative; what is nearer than this is the same value, computed in another order
 NEARER: Final = 0.9  # of an error: an alternative that does not make it smaller is not tried further
+FAR: Final = 8.0  # times the spread that the case allows: further off is another value
 Alternatives = Mapping[str, Any]  # choice -> alternative
 _NAMES: Final = frozenset(choice.name for choice in CHOICES)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Alternatives under which an output holds that does not hold under the case's own."""
+    """Alternatives under which an output holds that does not hold under the case's own.  claims: whether it
+    holds so under each claim that the case offers."""
 
     changes: Alternatives
-    reference: Reference
     verdict: Verdict
+    claims: Mapping[str, bool]
 
 
 class _Watched(Choices):
@@ -123,19 +126,33 @@ def explain(
     verdict: Verdict,
     theirs: Output,
     claim: Claim,
+    *,
+    first: bool = False,
 ) -> list[Explanation]:
-    """The candidates under which the output holds.  verdict: that against `reference`, which is off."""
+    """The candidates under which the output holds, or only the first of them.  verdict: that against
+    `reference`, which is off."""
     if any(t.bad and t.verdict in (MISSING, MALFORMED) for t in verdict.tensors):
         return []
     found: list[Explanation] = []
     for changes in candidates:
         other = trial.under(changes)
-        if other is None or not _nearer(reference, other[1], verdict, theirs, claim):
+        if other is None or not _plausible(reference, other[1], verdict, theirs, claim):
             continue
         alternative = recomputed.rederived(trial.folder, *other)
         judged = of_numbers(alternative, theirs, claim)
         if judged.holds:
-            found.append(Explanation(changes, alternative, judged))
+            found.append(Explanation(changes, judged, by_claim(alternative, theirs, judged)))
+            if first:
+                break
+    return found
+
+
+def by_claim(reference: Reference, theirs: Output, verdict: Verdict) -> dict[str, bool]:
+    """Whether an output holds under each claim that the case offers, and the one that was judged."""
+    found = {verdict.claim: verdict.holds}
+    for name in reference.case.claims:
+        if name not in found:
+            found[name] = of_numbers(reference, theirs, CLAIMS[name]).holds
     return found
 
 
@@ -155,22 +172,45 @@ def refuted(
     return found
 
 
-def _nearer(reference: Reference, other: Outputs, verdict: Verdict, theirs: Output, claim: Claim) -> bool:
-    """Whether the first tensor that is off is less so against the other values."""
-    first = next(v for v in verdict.tensors if v.verdict == OFF)
-    t = reference.case.tensor(first.name)
-    value = theirs.array(t)
+def _plausible(reference: Reference, other: Outputs, verdict: Verdict, theirs: Output, claim: Claim) -> bool:
+    """A quick look, with the case's own noise: whether no tensor is far from the other values, and the first
+    one that is off is nearer to them."""
     against = recomputed.Recomputed(reference, other)
-    if t.set or t.dtype == "I64":
-        same = [np.sort(r.judged(t)[0].reshape(-1, t.shape[-1]), -1) for r in (reference, against)]
-        own = np.sort(value.reshape(-1, t.shape[-1]), -1)
-        wrong = [int(np.count_nonzero((own != expected).any(-1))) for expected in same]
-        return wrong[1] < wrong[0]
-    before = judge(reference, t, value, theirs.sets, claim).distance
-    after = judge(against, t, value, theirs.sets, claim).distance
-    if before is None or after is None:
-        return True
-    return after.spread < NEARER * before.spread or after.excess < NEARER * before.excess
+    first = next(v for v in verdict.tensors if v.verdict == OFF)
+    for v in verdict.tensors:
+        t = reference.case.tensor(v.name)
+        if v.verdict not in (OFF, HOLDS) or (v.distance is None and v is not first):
+            continue
+        value = theirs.array(t)
+        if t.set or t.dtype == "I64":
+            if _wrong_rows(against, t, value) >= _wrong_rows(reference, t, value):
+                return False
+            continue
+        after = judge(against, t, value, theirs.sets, claim).distance
+        if after is None:
+            continue
+        if math.isfinite(after.spread) and after.spread > FAR * _growth(reference, against, t):
+            return False
+        before = v.distance if v is first else None
+        if before is None:
+            continue
+        if after.spread >= NEARER * before.spread and after.excess >= NEARER * before.excess:
+            return False
+    return True
+
+
+def _wrong_rows(reference: Reference, t: Tensor, value: Array) -> int:
+    ours = np.sort(reference.judged(t)[0].reshape(-1, t.shape[-1]), -1)
+    return int(np.count_nonzero((ours != np.sort(value.reshape(-1, t.shape[-1]), -1)).any(-1)))
+
+
+def _growth(reference: Reference, against: Reference, t: Tensor) -> float:
+    """How much larger the other values are, at least 1: their noise grows with them."""
+    largest = []
+    for r in (reference, against):
+        ours = r.judged(t)[0]
+        largest.append(float(np.abs(ours[np.isfinite(ours)]).max(initial=0.0)))
+    return max(1.0, largest[1] / largest[0]) if largest[0] else math.inf
 
 
 def _off(reference: Reference, t: Tensor, other: Outputs, claim: Claim) -> bool:
@@ -207,8 +247,3 @@ def _differ(a: Any, b: Any) -> bool:
         return True
     x, y = x[finite], y[finite]
     return bool(np.abs(x - y).max(initial=0.0) > SAME * np.abs(x).max(initial=0.0))
-
-
-def in_memory(reference: Reference) -> bool:
-    """Whether a reference was derived here, for choices other than the case's."""
-    return isinstance(reference, InMemory)

@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from refimpl.errors import Invalid
 from refimpl.validate import running
 from refimpl.validate.running import CRASHED, KILLED, Child, Limits, Ran
 
+IMPORT = 120.0  # seconds that the import of a module may take at least
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from refimpl.validate.given import serve; serve(sys.argv[2], int(sys.argv[3]))"  # noqa: E501  one argument of a command
 _ROOT = str(Path(__file__).resolve().parent.parent.parent)
@@ -175,7 +176,7 @@ class _ModuleRunner:
     def _start(self, limits: Limits) -> str | None:
         """Why it did not start."""
         child = Child([sys.executable, "-c", _START, _ROOT, self._target], answers=True, stop=self._stop)
-        found = child.wait(limits, lambda: 0)
+        found = child.wait(replace(limits, seconds=max(limits.seconds, IMPORT)), lambda: 0)
         if isinstance(found, bytes):
             why = str(json.loads(found)["why"])
             if not why:

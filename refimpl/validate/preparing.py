@@ -29,11 +29,12 @@ def whole(folder: Folder) -> bool:
     )
 
 
-def prepared(folder: Folder, root: Path) -> Path:
-    """The folder if it is whole, else a whole one below root.  Raises Unreadable."""
+def prepared(folder: Folder, target: Path) -> Path:
+    """The folder if it is whole, else a whole one at `target`, which is <root>/<suite>/<case>.  Raises
+    Unreadable."""
     if whole(folder):
         return folder.path
-    target = root / folder.case.id
+    root = target.parent.parent
     own = {t.name: _stored(folder, t) for t in folder.case.tensors if t.given and not t.asset}
     shared = [t for t in folder.case.tensors if t.given and t.asset]
     try:

@@ -114,7 +114,5 @@ def _conclusion(v: Validation) -> list[str]:
     tightest = v.tightest
     only_numbers = all(r.claims for r in v.tried if r.status == NOT_HELD)
     if tightest is not None and only_numbers and not v.count(FAILED) and not v.inconsistent:
-        lines.append(
-            f"Everything would hold as {tightest}: if that is the port's precision, say so with --as."
-        )
+        lines.append(f"All would hold as {tightest}: if that is the port's precision, say so with --as.")
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refimpl.cases.claims import CLAIMS, Claim, claim
+from refimpl.cases.claims import Claim, claim
 from refimpl.cases.folder import Folder
 from refimpl.cases.format import PROBE, REQUIRED, Case, Tensor
 from refimpl.cases.judging import Reference
@@ -93,7 +93,7 @@ def judged(result: CaseResult, judging: Judging, output: Path) -> CaseResult:
             return _with(result, of_bits(judging.folder, given))
         judging.output = Output(case, given)
         verdict = of_numbers(judging.reference, judging.output, judging.claim)
-        claims = _claims(judging.reference, judging.output, verdict)
+        claims = inference.by_claim(judging.reference, judging.output, verdict)
     except Error as error:
         why = str(error).replace(str(output), "the output")
         return replace(result, status=FAILED, why=f"{why[:300]}")
@@ -115,16 +115,6 @@ def _failure(ran: Ran) -> str:
     """One line: what happened, and the last thing that was said."""
     said = ran.last_line
     return f"{ran.why}: {said}" if said and said not in ran.why and ran.outcome == EXITED else ran.why
-
-
-def _claims(reference: Reference, theirs: Output, verdict: Verdict) -> dict[str, bool]:
-    """Whether it holds under each claim that the case offers, and the one that was judged."""
-    case = reference.case
-    found = {verdict.claim: verdict.holds}
-    for name in case.claims:
-        if name not in found:
-            found[name] = of_numbers(reference, theirs, CLAIMS[name]).holds
-    return found
 
 
 def _with(result: CaseResult, verdict: Verdict) -> CaseResult:
@@ -174,13 +164,19 @@ def _evidence(result: CaseResult, judging: Judging) -> CaseResult:
 
 
 def _explained(
-    result: CaseResult, judging: Judging, trial: Trial, own: Alternatives, candidates: list[Alternatives]
+    result: CaseResult,
+    judging: Judging,
+    trial: Trial,
+    own: Alternatives,
+    candidates: list[Alternatives],
+    *,
+    first: bool = False,
 ) -> CaseResult:
     assert result.verdict is not None
     assert judging.claim is not None
     assert judging.output is not None
     found = inference.explain(
-        trial, candidates, judging.reference, result.verdict, judging.output, judging.claim
+        trial, candidates, judging.reference, result.verdict, judging.output, judging.claim, first=first
     )
     evidence = Evidence(result.id, own, tuple(e.changes for e in found))
     return replace(result, evidence=evidence, explanations=tuple(found))
@@ -191,7 +187,7 @@ def again(result: CaseResult, judging: Judging, known: Alternatives) -> CaseResu
     trial = judging.trial
     assert trial is not None
     own = {name: getattr(trial.setting.choices, name) for name in trial.reads}
-    return _explained(result, judging, trial, own, trial.combined(known, judging.declared))
+    return _explained(result, judging, trial, own, trial.combined(known, judging.declared), first=True)
 
 
 def settled(result: CaseResult, assigned: Mapping[str, Alternatives]) -> CaseResult:
@@ -202,5 +198,4 @@ def settled(result: CaseResult, assigned: Mapping[str, Alternatives]) -> CaseRes
     found: Explanation = next(e for e in result.explanations if e.changes == changes)
     shown = ", ".join(f"{name} = {value}" for name, value in changes.items())
     under = _with(replace(result, under=changes), found.verdict)
-    claims = {**result.claims, found.verdict.claim: True}
-    return replace(under, claims=claims, why=f"under {shown}" + (f"; {under.why}" if under.why else ""))
+    return replace(under, claims=found.claims, why=f"under {shown}" + (f"; {under.why}" if under.why else ""))

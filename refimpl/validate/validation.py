@@ -132,19 +132,18 @@ class _Session:
     def _one(self, path: Path) -> CaseResult:
         id = f"{path.parent.name}/{path.name}"
         try:
-            folder = Folder.open(path)
-            place = self._root / folder.case.id
+            place = self._root / id
             try:
-                return self._tried(folder, place)
+                return self._tried(Folder.open(path), id, place)
             finally:
-                if self._wanted.keep is None and folder.case.id not in self._judgings:
+                if self._wanted.keep is None and id not in self._judgings:
                     shutil.rmtree(place, ignore_errors=True)
         except Error as error:  # of our own folder, or of the temporary one
             return CaseResult(id, status=FAILED, why=f"the case cannot be tried: {error}")
 
-    def _tried(self, folder: Folder, place: Path) -> CaseResult:
+    def _tried(self, folder: Folder, id: str, place: Path) -> CaseResult:
         case = folder.case
-        plain = CaseResult(case.id, case.title, case.kind, case.component)
+        plain = CaseResult(id, case.title, case.kind, case.component)
         why = self._declared.excludes(case)
         if why is not None:
             return replace(plain, status=LEFT_OUT, why=why)
@@ -152,14 +151,14 @@ class _Session:
         if isinstance(judging, str):
             return replace(plain, status=NOT_OFFERED, why=judging)
         output = place / OUTPUT
-        ran = self._run(preparing.prepared(folder, self._root), output, judging.limit)
+        ran = self._run(preparing.prepared(folder, place), output, judging.limit)
         if self._wanted.keep is not None:
             _keep(place, ran)
         if ran.outcome == running.NOT_FOR_ME:
             return replace(plain, status=NOT_FOR_ME, why=ran.why, ran=ran)
         result = trying.judged(replace(plain, ran=ran), judging, output)
         if judging.explainable(result):
-            self._judgings[case.id] = judging
+            self._judgings[id] = judging
         return result
 
     def _run(self, folder: Path, output: Path, limit: int) -> Ran:

@@ -24,8 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 PAGE = Path(__file__).with_name("ports.md")
 SUITES = (
     *("attention", "block", "embedding", "gate", "head", "linear"),
@@ -129,9 +127,7 @@ def failures(row: Row, found: dict[str, Any]) -> list[list[str]]:
         if case["status"] in ("holds", "not for me", "not offered"):
             continue
         tensors = (case["verdict"] or {}).get("tensors", [])
-        off = [
-            t["name"] for t in tensors if t["verdict"] not in ("holds", "missing", "undecided", "not judged")
-        ]
+        off = [t["name"] for t in tensors if t["verdict"] in ("off", "malformed")]
         factor = case["worst"]
         shown = f"{', '.join(off) or case['why'] or case['status']}"
         shown += f" ({factor:.3g} of tolerance)" if isinstance(factor, float) else ""
@@ -147,7 +143,9 @@ def main() -> int:
     parser.add_argument("--checkout", default=os.environ.get("REFIMPL_DEEPSEEK_V3", ""))
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    table, listed, reasons = [], [], Counter[tuple[str, str, str]]()
+    rows: list[list[object]] = []
+    listed: list[list[str]] = []
+    reasons = Counter[tuple[str, str, str]]()
     for row in ROWS:
         if row.port == "deepseek" and not given.checkout:
             print(f"{row.name}: left out, no --checkout")
@@ -157,45 +155,51 @@ def main() -> int:
         held, other = counts.pop("holds", 0), counts.pop("not for me", 0)
         unoffered = counts.pop("not offered", 0)
         off = sum(counts.values())
-        table.append(
-            [row.port, row.dtype, row.options, held + off, held, off, unoffered, other, f"{seconds:.0f}"]
-        )
+        rows.append([row.port, row.dtype, row.options, held + off, held, off, unoffered, other])
         listed += failures(row, found)
         for case in found["cases"]:
             if case["status"] == "not for me":
                 reasons[row.port, case["id"], case["why"]] += 1
-        print(*table[-1], flush=True)
-    head = ["port", "type", "options", "judged", "hold", "off", "not offered", "not for it", "s"]
-    PAGE.write_text(page(tabulate(table, head, "github"), listed, reasons))
+        print(*rows[-1], f"{seconds:.0f} s", flush=True)
+    PAGE.write_text(page(rows, listed, reasons))
     unexplained = [line for line in listed if line[3] == "NOT EXPLAINED"]
     for line in unexplained:
         print(*line[:3], sep=": ")
     return 1 if unexplained else 0
 
 
-def page(table: str, listed: list[list[str]], reasons: Counter[tuple[str, str, str]]) -> str:
+def page(rows: list[list[object]], listed: list[list[str]], reasons: Counter[tuple[str, str, str]]) -> str:
     """The page in Markdown."""
-    versions = f"torch {version('torch')}, transformers {version('transformers')}"
+    head = ["port", "type", "options", "judged", "hold", "off", "not offered", "not for it"]
+    same: dict[tuple[str, str, str], list[str]] = {}
+    for name, case, off, why in listed:
+        same.setdefault((case, off.partition(" (")[0], why), []).append(f"{name} ({off.rpartition(' (')[2]}")
     ordered: dict[tuple[str, str], list[str]] = {}
     for port, case, why in sorted(reasons):
         ordered.setdefault((port, why), []).append(case)
-    rest = [[port, why, ", ".join(cases)] for (port, why), cases in ordered.items()]
     return f"""# Real ports
 
-Written by `python bench/ports.py` ({versions}, CPU) over the suites {", ".join(SUITES)}.
+Written by `python bench/ports.py` with torch {version("torch")} and transformers {version("transformers")}
+over the suites {", ".join(SUITES)}.
 *Judged* cases are claimed by the port and offered under its precision; *not offered* ones are claimed, but
 could not tell a right output from a wrong one under that precision (`refused` in case.json).
 
-{table}
+{table(head, rows)}
 
 ## What is off, and why
 
-{tabulate(listed, ["configuration", "case", "what is off", "why"], "github") if listed else "Nothing."}
+{table(["case", "tensors", "why", "where"], [[*key, "; ".join(where)] for key, where in same.items()])}
 
 ## Not for the port
 
-{tabulate(rest, ["port", "reason", "cases"], "github")}
+{table(["port", "reason", "cases"], [[*key, ", ".join(cases)] for key, cases in ordered.items()])}
 """
+
+
+def table(head: list[str], rows: list[list[object]]) -> str:
+    """A table in Markdown, without padding."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,9 @@ def _validating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="default: port.toml beside the port")
     parser.add_argument("--jobs", type=_jobs, metavar="N", help="cases at once; default: cores, at most 4")
     parser.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="S", help="seconds for a case")
+    parser.add_argument(
+        "--diagnose", action="store_true", help="name the known mistakes that make what does not hold"
+    )
     parser.add_argument("--json", metavar="FILE", help="everything, as JSON; - is standard output")
     parser.add_argument("--junit", metavar="FILE", help="for CI systems, as JUnit XML; - is standard output")
     parser.add_argument("--html", metavar="FILE", help="a page; - is standard output")
@@ -226,10 +229,14 @@ def _validate(given: argparse.Namespace) -> int:
         claim(given.claim)
     declared = portfile.read(given.config) if given.config else portfile.find(port.places)
     folder = _folder(given.cases)
-    wanted = Wanted(
-        folder, tuple(given.suite), given.claim, given.jobs or usual_jobs(), given.timeout, given.keep
-    )
+    jobs = given.jobs or usual_jobs()
+    wanted = Wanted(folder, tuple(given.suite), given.claim, jobs, given.timeout, given.keep, given.diagnose)
     forms = {given.json: details.text, given.junit: junit.text, given.html: page.text}
+    if (given.json, given.junit, given.html).count("-") > 1:
+        raise Invalid("only one of --json, --junit and --html can be standard output.")
+    for name in forms:
+        if name and name != "-" and not Path(name).parent.is_dir():
+            raise Invalid(f"{name} is to be written, but there is no folder {Path(name).parent}.")
     with terminating(), _progress(len(format.cases(folder, given.suite)), "validating") as done:
         found = validate(port, wanted, declared, done)
     for name, form in forms.items():
@@ -239,21 +246,20 @@ def _validate(given: argparse.Namespace) -> int:
         print(forms["-"](found), end="")
     else:
         print(summary.text(found))
-    return UNTRIED if not found.tried else HOLDS if found.holds else FAILS
+    return UNTRIED if found.vacuous and not found.failing else HOLDS if found.holds else FAILS
 
 
 def _mutants(given: argparse.Namespace) -> int:
     paths = matrix.chosen(_folder(given.cases), given.suites)
     with _progress(len(paths), "running mutants") as done:
         factors = matrix.matrix(paths, matrix.known(given.id), given.jobs, done)
-    found = matrix_report.outcomes(factors)
+    found, partial = matrix_report.outcomes(factors), bool(given.suites)
     if given.out:
         write_bytes(given.out, matrix_report.merged(given.out, factors).encode())
+    told = matrix_report.to_json(found, factors, partial)
     if given.json and given.json != "-":
-        write_bytes(given.json, matrix_report.to_json(found, factors).encode())
-    partial = bool(given.suites)
-    text = matrix_report.to_json(found, factors) if given.json == "-" else matrix_report.text(found, partial)
-    print(text.rstrip("\n"))
+        write_bytes(given.json, told.encode())
+    print(told.rstrip() if given.json == "-" else matrix_report.text(found, partial))
     return FAILS if matrix_report.faults(found, partial) else HOLDS
 
 

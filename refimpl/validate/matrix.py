@@ -152,7 +152,7 @@ def _of_numbers(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
     case, reference = folder.case, Remembered(folder)
     setting = setting_of(folder, FLOAT64)
     required = [t for t in case.outputs if t.role == REQUIRED]
-    right, called = _recorded(case.component, setting)
+    right, called = recorded(case.component, setting)
     found: Exceeded = {}
     for id in ids:
         mutant = MUTANTS.get(id)
@@ -160,7 +160,7 @@ def _of_numbers(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
             continue
         try:
             changed = mutant.change(setting)
-            if not _touched(setting, changed, called):
+            if not touched(setting, changed, called):
                 continue
             with np.errstate(all="ignore"):
                 wrong = programs.run(case.component, changed)
@@ -175,11 +175,11 @@ def _of_numbers(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
     return found
 
 
-def _recorded(component: str, setting: Setting) -> tuple[Outputs, set[str]]:
+def recorded(component: str, setting: Setting) -> tuple[Outputs, set[str]]:
     """What the setting computes, and the names of the operations that it calls."""
     called: set[str] = set()
 
-    def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def recording(*arguments: Any) -> Any:
             called.add(name)
             return call(*arguments)
@@ -190,13 +190,13 @@ def _recorded(component: str, setting: Setting) -> tuple[Outputs, set[str]]:
     for field in fields(Ops):
         op = getattr(setting.ops, field.name)
         if isinstance(op, Op):
-            made[field.name] = Op(recorded(field.name, op.forward), recorded(field.name, op.backward))
+            made[field.name] = Op(noting(field.name, op.forward), noting(field.name, op.backward))
         else:
-            made[field.name] = recorded(field.name, op)
+            made[field.name] = noting(field.name, op)
     return programs.run(component, replace(setting, ops=Ops(**made))), called
 
 
-def _touched(setting: Setting, changed: Setting, called: set[str]) -> bool:
+def touched(setting: Setting, changed: Setting, called: set[str]) -> bool:
     """Whether the change can show: False only where nothing but operations that are not called is other."""
     same = replace(changed, ops=setting.ops)
     if any(getattr(same, f.name) is not getattr(setting, f.name) for f in fields(Setting)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from refimpl.cases.claims import BITS
 from refimpl.config.jsonfile import read_object
 from refimpl.validate.matrix import CAP, Factors, Outcome, claims_of, outcome
 from refimpl.variants.catalogue import CATALOGUE, DISPOSITIONS, LATER
@@ -39,20 +39,21 @@ def text(found: Sequence[Outcome], partial: bool = False) -> str:
     """A line for each mutant, then what it comes to."""
     lines = [tabulate([_row(o) for o in found], HEADERS, disable_numparse=True)]
     reasons = [f"{o.mutant.id}: {o.mutant.small}" for o in found if o.mutant.small]
-    return "\n".join([*lines, "", *reasons, *summary(found), *faults(found, partial)])
+    return "\n".join([*lines, "", *reasons, *summary(found, partial), *faults(found, partial)])
 
 
-def summary(found: Sequence[Outcome]) -> list[str]:
+def summary(found: Sequence[Outcome], partial: bool = False) -> list[str]:
     """The figures: dispositions by kind, mutants, killed, the smallest factor."""
-    wrong = [o for o in found if not o.mutant.benign and o.applies]
+    wrong = [o for o in found if not o.mutant.benign and (o.applies or not partial)]
     killed = [o for o in wrong if o.killed]
     benign = [o for o in found if o.mutant.benign]
-    measured = [o for o in killed if math.isfinite(o.factor)]
+    measured = [o for o in killed if o.strictest != BITS]
     lines = [dispositions()]
     lines.append(f"{len(killed)} of {len(wrong)} mutants are killed; {_benign(benign)}")
     if measured:
         least = min(measured, key=lambda o: o.factor)
-        lines.append(f"The smallest factor is {shown(least.factor)}, of {least.mutant.id} in {least.case}.")
+        factor = shown(least.factor, least.strictest)
+        lines.append(f"The smallest factor is {factor}, of {least.mutant.id} in {least.case}.")
     return lines
 
 
@@ -65,9 +66,9 @@ def dispositions() -> str:
     return f"{len(CATALOGUE)} entries: {', '.join(parts)} ({subjects} is what comes later)."
 
 
-def shown(factor: float) -> str:
-    """A factor to two digits; of bits, which have no tolerance, "bits"."""
-    return "bits" if math.isinf(factor) else f"{rounded(factor):g}"
+def shown(factor: float, claim: str) -> str:
+    """A factor to two digits; bits have no tolerance and no factor."""
+    return "" if claim == BITS else f"{rounded(factor):g}"
 
 
 def rounded(factor: float) -> float:
@@ -91,7 +92,7 @@ def rows(factors: Factors) -> dict[str, Any]:
     return made
 
 
-def to_json(found: Sequence[Outcome], factors: Factors) -> str:
+def to_json(found: Sequence[Outcome], factors: Factors, partial: bool = False) -> str:
     """Everything, for programs."""
     table = rows(factors)
     for o in found:
@@ -106,7 +107,7 @@ def to_json(found: Sequence[Outcome], factors: Factors) -> str:
             "survives": [] if o.mutant.benign else list(o.survives),
             "fault": o.fault,
         }
-    return json.dumps({"mutants": table, "summary": summary(found)}, indent=1) + "\n"
+    return json.dumps({"mutants": table, "summary": summary(found, partial)}, indent=1) + "\n"
 
 
 def merged(path: Path, factors: Factors) -> str:
@@ -127,7 +128,7 @@ def _row(o: Outcome) -> tuple[Any, ...]:
     name = CATALOGUE[o.mutant.entry].name
     if o.mutant.benign:
         return o.mutant.id, name, o.applies, len(o.wronged), "benign", "all", ", ".join(o.wronged), ""
-    factor = shown(o.factor) if o.applies else "-"
+    factor = shown(o.factor, o.strictest) if o.applies else ""
     return o.mutant.id, name, o.applies, o.killed, factor, o.strictest, o.case, ", ".join(o.survives)
 
 

@@ -4,6 +4,9 @@ z = (port - program) / sigma, element by element.  The distance of a tensor is t
 which counts orders of magnitude and is not ruled by the largest element; that of a case is the mean over its
 tensors.  Where the program or the port leaves the right values by more than OFF sigma, the share of elements
 is counted that the program reproduces to within OFF sigma: what is explained.
+
+A probe that is right in the port may differ in the program: where a mistake stands between two tensors, a
+port may hand out either.  What is required has to agree.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ OFF = 8.0  # sigma: beyond what roundings do to an element
 NEAR = 2.0  # the distance of a tensor that roundings explain: that of normal errors of 2.5 sigma
 EXPLAINED = 0.9  # of the elements of a tensor, below which a program does not explain it
 WRONG_SET = 7.0  # the distance of a row whose experts differ: that of an error of 33 sigma
+PASSED = 1.0  # the distance of a probe that is right in the port, and not in the program
 LARGEST = 1e8  # z beyond which all is the same
 
 
@@ -65,6 +69,9 @@ def _one(
         explained = np.bincount(of[concerned], z[concerned] <= OFF, count) / affected
     distances = np.where(there == 0, 0.0, distances)
     explained = np.where(affected == 0, 1.0, explained)
+    passed = exhibit.passed & (distances > NEAR)
+    distances = np.where(passed, PASSED, distances)
+    explained = np.where(passed, 1.0, explained)
     rows = [WRONG_SET * float(np.mean(differs)) for differs in wrong.values()]
     both = [*distances.tolist(), *rows]
     with np.errstate(all="ignore"):

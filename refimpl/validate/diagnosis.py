@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refimpl.cases.claims import Claim
+from refimpl.programs import PROGRAMS
+from refimpl.validate.accounts import Account, account
 from refimpl.validate.candidates import Bench, Candidate, Trial, candidates
 from refimpl.validate.evidence import Evidence, Exhibit
 from refimpl.variants.mutants.mutant import Mutant
@@ -27,6 +29,8 @@ PAIRED = 4  # unexplained cases in which pairs are searched
 CERTAIN = (
     1.0  # nats by which a mistake has to be nearer than the right program when a passing case is against it
 )
+ACCOUNTS = 3  # unexplained cases of which more is said
+PARTS = tuple(PROGRAMS)  # components, the smaller first
 PASSING = 24  # passing cases that are asked whether they contradict
 
 
@@ -68,7 +72,7 @@ class Diagnosis:
     explained: tuple[str, ...]  # failing cases
     unexplained: tuple[str, ...]
     unread: tuple[str, ...]  # failing cases that were not needed, or for which there was no time
-    said: tuple[str, ...]  # sentences on the unexplained cases
+    accounts: tuple[Account, ...]  # of some of the unexplained cases, the simplest first
     seconds: float
 
 
@@ -117,7 +121,7 @@ class Search:
             tuple(b.id for b in self.benches if b not in remaining),
             tuple(b.id for b in remaining),
             tuple(unread),
-            (),
+            self._accounts(remaining),
             time.monotonic() - self.start,
         )
 
@@ -161,6 +165,13 @@ class Search:
                 self._try(other, candidate, own)
         self.fits[candidate.ids], self.known[candidate.ids] = own, candidate
 
+    def _accounts(self, benches: list[Bench]) -> tuple[Account, ...]:
+        """Of the smallest components first, for what is wrong in a part is wrong in the whole."""
+        ranked = sorted(
+            benches, key=lambda b: (PARTS.index(b.exhibit.case.component), b.exhibit.case.backward)
+        )
+        return tuple(account(b.exhibit.evidence, self.claim) for b in ranked[:ACCOUNTS])
+
     def _bench(self, evidence: Evidence) -> Bench | None:
         exhibit = Exhibit(evidence, self.claim)
         return Bench(exhibit) if exhibit.size or exhibit.sets else None
@@ -179,18 +190,31 @@ class Search:
         return findings, remaining
 
     def _best(self, remaining: list[Bench]) -> Candidate | None:
-        """The first that no passing case contradicts; else the first whose numbers leave no doubt all the
-        same: then the mistake is in one place of the port and not in another."""
-        ranked = self._ranked(remaining)
+        """The one that explains most.  A passing case that would show it speaks against it: then it must
+        explain twice as much as any other, and leave no doubt; it is in one place of the port and not in
+        another."""
+        ranked = [c for c in self._ranked(remaining) if not self._refuted(c)]
+        free = next((c for c in ranked if not self._against(c)), None)
         for candidate in ranked:
-            if not self._against(candidate):
-                return candidate
-        for candidate in ranked:
+            if candidate is free:
+                break
             here = [b for b in remaining if b.id in self.fits[candidate.ids]]
+            others = sum(b.id in self.fits[free.ids] for b in remaining) if free else 0
             gains = [b.right.distance - self.fits[candidate.ids][b.id].closeness.distance for b in here]
-            if max(gains) > CERTAIN:
+            if len(here) >= 2 * others and max(gains) > CERTAIN:
                 return candidate
-        return None
+        return free
+
+    def _refuted(self, candidate: Candidate) -> bool:
+        """It makes worse what it does not explain: its numbers coincide in some cases only."""
+        own = self.fits[candidate.ids]
+        rest = [(b, b.first(candidate)) for b in self.benches if b.id not in own and self._alone(b)]
+        worse = [b for b, t in rest if t is not None and t.closeness.distance > b.right.distance]
+        return len(worse) > len(own)
+
+    def _alone(self, bench: Bench) -> bool:
+        """Nothing explains this case."""
+        return not any(bench.id in own for own in self.fits.values())
 
     def _ranked(self, benches: list[Bench]) -> list[Candidate]:
         """Most cases first; then fewest that it touches and does not explain; then the nearest."""
@@ -230,7 +254,8 @@ class Search:
             ):
                 names.append(ids)
         fitting = [ids for ids, own in self.fits.items() if all(b.id in own for b in here)]
-        rivals = sum(ids not in names and len(ids) == len(best.ids) for ids in fitting)
+        apart = [ids for ids in fitting if ids not in names and len(ids) == len(best.ids)]
+        rivals = sum(self._against(self.known[ids]) <= against for ids in apart)
         compared = [b for b in here if b in self.full] or here[:1]
         distance, following, name = self._runner_up(compared, fits, names)
         share = _mean([fits[b.id].closeness.share for b in here])
@@ -243,19 +268,16 @@ class Search:
         self, benches: list[Bench], fits: dict[str, Trial], names: list[tuple[str, ...]]
     ) -> tuple[float, float, tuple[str, ...]]:
         """The distance, and that of the nearest candidate of another name; () is the right program."""
-        following = _mean([b.right.distance for b in benches])
-        name: tuple[str, ...] = ()
+        ranked: list[tuple[float, tuple[str, ...]]] = [(_mean([b.right.distance for b in benches]), ())]
         for candidate in self.all:
-            if candidate.ids in names:
-                continue
-            trials = [
-                (b, b.second(candidate) if candidate.ids in self.fits else b.first(candidate))
-                for b in benches
-            ]
-            own = _mean([b.right.distance if t is None else t.closeness.distance for b, t in trials])
-            if own < following:
-                following, name = own, candidate.ids
-        return _mean([fits[b.id].closeness.distance for b in benches]), following, name
+            if candidate.ids not in names:
+                known = candidate.ids in self.fits
+                trials = [(b, b.second(candidate) if known else b.first(candidate)) for b in benches]
+                own = [b.right.distance if t is None else t.closeness.distance for b, t in trials]
+                if not known or not self._against(candidate):
+                    ranked.append((_mean(own), candidate.ids))
+        distance = _mean([fits[b.id].closeness.distance for b in benches])
+        return (distance, *min(ranked))
 
     # two mistakes at once
 

@@ -17,7 +17,7 @@ def text(diagnosis: Diagnosis) -> str:
     if diagnosis.unexplained:
         cases = _listed(diagnosis.unexplained)
         lead = "Of the other cases that fail" if parts else "Diagnosis: no known mistake makes these numbers"
-        parts.append("\n".join([f"{lead} ({cases}).", *(f"  {line}" for line in diagnosis.said)]))
+        parts.append("\n".join([f"{lead} ({cases}).", *(f"  {one.text}" for one in diagnosis.accounts)]))
     if diagnosis.unread:
         parts.append(f"Not examined, others sufficed: {_listed(diagnosis.unread)}.")
     return "\n\n".join(parts)
@@ -29,7 +29,10 @@ def to_dict(diagnosis: Diagnosis) -> dict[str, Any]:
         "claim": diagnosis.claim,
         "findings": [_finding_json(finding) for finding in diagnosis.findings],
         "unexplained": list(diagnosis.unexplained),
-        "said": list(diagnosis.said),
+        "accounts": [
+            {"case": a.case, "component": a.component, "off": list(a.off), "said": list(a.sentences)}
+            for a in diagnosis.accounts
+        ],
         "not_examined": list(diagnosis.unread),
     }
 
@@ -57,7 +60,7 @@ def sureness(finding: Finding) -> str:
     count = f"{len(finding.cases)} case{'s' if len(finding.cases) != 1 else ''}"
     word = "certain" if finding.certain else "likely"
     times = _times(finding.closer)
-    return f"{word}: over {count} the port's numbers are {times} closer to it than to {following}"
+    return f"{word}: over {count} the port is {times} closer to its numbers than to {following}"
 
 
 def _times(closer: float) -> str:

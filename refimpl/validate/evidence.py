@@ -17,7 +17,7 @@ import numpy as np
 from refimpl import programs
 from refimpl.cases.claims import Claim
 from refimpl.cases.folder import Folder
-from refimpl.cases.format import Tensor
+from refimpl.cases.format import PROBE, Tensor
 from refimpl.cases.setting import setting_of
 from refimpl.errors import Error
 from refimpl.numerics.arithmetic import Array
@@ -55,7 +55,8 @@ class Exhibit:
 
     def __init__(self, evidence: Evidence, claim: Claim) -> None:
         case = self.case = evidence.folder.case
-        self.claim, self.folder = claim, evidence.folder
+        self.evidence = evidence
+        self.claim = claim
         self.base = evidence.change(setting_of(evidence.folder, FLOAT64))
         right = self.outputs()
         assert right is not None
@@ -79,6 +80,7 @@ class Exhibit:
         self.port = self._layouts()
         self.right = self.vector(right)
         self._behind = self._gates()
+        self.passed = self._right_probes()
 
     @property
     def size(self) -> int:
@@ -161,20 +163,7 @@ class Exhibit:
             flat = self._dense(t, np.asarray(outputs[t.name], np.float64), sets)
             return flat.reshape(-1, len(flat) // max(1, int(np.prod(t.shape[:-1]))))
 
-        own = dense(plain)
-        with np.errstate(all="ignore"):
-            errors = [np.where(np.isfinite(own), dense(run) - own, 0.0) for run in runs]
-            squares = np.minimum(np.mean([e * e for e in errors], 0), np.finfo(float).max)
-        if t.ordered_by:
-            squares = np.where(own == 0.0, np.nan, squares)  # experts that are not chosen say nothing
-        wide = own.shape[-1]
-        whole = float(np.nanmean(squares)) if squares.size else 0.0
-        row = np.nanmean(np.where(np.isnan(squares), whole, squares), -1, keepdims=True)
-        weight = wide / (wide + 16.0)  # of a short row's own noise, which is known badly
-        pooled = np.sqrt(weight * row + (1.0 - weight) * np.minimum(whole, 16.0 * row.max() + 1e-300))
-        stored = 0.3 * self.claim.storage * np.abs(np.where(np.isfinite(own), own, 0.0))
-        tiny = 8.0 * 2.0 ** (self.claim.lowest - self.claim.bits)
-        return np.asarray((np.maximum(pooled, stored) + tiny).reshape(-1))
+        return sigma(dense(plain), [dense(run) for run in runs], self.claim, bool(t.ordered_by))
 
     def _chosen(self, sigma: Array) -> dict[str, Array]:
         """name -> flat places: all of a small tensor, of a large one the worst elements and others."""
@@ -206,6 +195,15 @@ class Exhibit:
             found.append(np.concatenate(parts))
         return found or [np.zeros(0)]
 
+    def _right_probes(self) -> Array:
+        """(tensors,) the probes in which the port is right, as far as roundings can tell."""
+        with np.errstate(all="ignore"):
+            z = np.abs(self.port[0] - self.right) / self.right_noise.sigma
+        z = np.where(np.isfinite(self.right), np.where(np.isnan(z), np.inf, z), 0.0)
+        off = np.bincount(self.of, z > 6.0, len(self.tensors))
+        probes = np.array([t.role == PROBE for t in self.tensors.values()], bool)
+        return np.asarray(probes & (off == 0))
+
     def _gates(self) -> dict[str, Array]:
         """set -> (n,) the row of it that an element hangs on, or -1."""
         found: dict[str, Array] = {}
@@ -218,6 +216,27 @@ class Exhibit:
                 column[start : start + len(at)] = at // max(1, self._flat[name].size // rows)
             start += len(at)
         return found
+
+
+def sigma(own: Array, runs: list[Array], claim: Claim, sparse: bool = False) -> Array:
+    """own (rows, n) and the same with random roundings  ->  (rows n,): of the row, as far as it is known,
+    and not below the rounding of the value itself.  sparse: zeros are experts that are not chosen."""
+    with np.errstate(all="ignore"):
+        errors = [np.where(np.isfinite(own), run - own, 0.0) for run in runs]
+        squares = np.minimum(np.mean([e * e for e in errors], 0), np.finfo(float).max)
+        squares = np.where(np.isfinite(squares), squares, np.finfo(float).max)
+    if sparse:
+        squares = np.where(own == 0.0, np.nan, squares)  # they say nothing
+    known = squares[~np.isnan(squares)]
+    whole = float(np.mean(known)) if known.size else 0.0
+    row = np.mean(np.where(np.isnan(squares), whole, squares), -1, keepdims=True)
+    wide = own.shape[-1]
+    weight = wide / (wide + 16.0)  # of a short row's own noise, which is known badly
+    limit = 16.0 * float(row.max(initial=0.0)) + 1e-300
+    pooled = np.sqrt(weight * row + (1.0 - weight) * min(whole, limit))
+    stored = 0.3 * claim.storage * np.abs(np.where(np.isfinite(own), own, 0.0))
+    tiny = 8.0 * 2.0 ** (claim.lowest - claim.bits)
+    return np.asarray((np.maximum(pooled, stored) + tiny).reshape(-1))
 
 
 def _rows(ids: Array) -> Array:

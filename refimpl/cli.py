@@ -208,16 +208,22 @@ def _list(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace) -> int:
     verdict = check(given.case, given.output, given.claim)
-    found = None
-    if given.diagnose and not verdict.holds:
-        found = diagnosing.of_check(given.case, given.output, verdict)
-    extra = {} if found is None else {"diagnosis": diagnosis_report.to_dict(found)}
+    stages, found, extra = None, None, {}
+    if not verdict.holds:
+        stages = diagnosing.stages_of(given.case, given.output, verdict)
+        found = diagnosing.of_check(given.case, given.output, verdict) if given.diagnose else None
+    if stages is not None:
+        extra["stages"] = {"off": list(stages.off), "right": list(stages.right)}
+    if found is not None:
+        extra["diagnosis"] = diagnosis_report.to_dict(found)
     if given.json == "-":
         print(report.to_json(verdict, extra), end="")
         return HOLDS if verdict.holds else FAILS
     if given.json:
         write_bytes(given.json, report.to_json(verdict, extra).encode())
     print(report.text(verdict))
+    if stages is not None:
+        print(stages.text)
     if found is not None:
         print(f"\n{diagnosis_report.text(found)}")
     return HOLDS if verdict.holds else FAILS

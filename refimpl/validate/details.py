@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from refimpl.cases.format import pretty
-from refimpl.validate import report, summary
+from refimpl.validate import diagnosis_report, report, summary
 from refimpl.validate.results import STATUSES, CaseResult, Validation
 
 
@@ -36,6 +36,7 @@ def as_dict(v: Validation) -> dict[str, Any]:
             }
             for s in v.seen
         ],
+        "diagnoses": [diagnosis_report.to_dict(found) for found in v.diagnoses],
         "inconsistent": [found.text for found in v.inconsistent],
         "config": None if v.declared.path is None else str(v.declared.path),
         "cases": [_case(r) for r in v.cases],

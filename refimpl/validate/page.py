@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from refimpl.validate import report, summary
+from refimpl.validate import diagnosis_report, report, summary
 from refimpl.validate.results import FAILED, HELD, NOT_HELD, CaseResult, Validation
 
 _STYLE = """
@@ -48,6 +48,8 @@ def text(v: Validation) -> str:
         f'<p class="verdict {kind}">{escape(conclusion)}</p>\n',
         "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n",
     ]
+    texts = [diagnosis_report.text(diagnosis) for diagnosis in v.diagnoses]
+    parts += [f"<h2>Diagnosis</h2>\n<pre>{escape(text)}</pre>\n" for text in texts]
     if wrong:
         parts += ["<h2>What does not hold</h2>\n", *(_detail(r) for r in wrong)]
     if v.tried:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from refimpl.cases.claims import BITS, CLAIMS
 from refimpl.cases.format import REQUIRED
 from refimpl.cases.judge import worst_excess
+from refimpl.validate.diagnosis import Diagnosis
 from refimpl.validate.inference import Explanation
 from refimpl.validate.portfile import PortFile
 from refimpl.validate.running import Ran
@@ -89,6 +90,7 @@ class Validation:
     cases: tuple[CaseResult, ...]
     seen: tuple[Seen, ...] = ()
     inconsistent: tuple[Inconsistent, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     def count(self, status: str) -> int:
         return sum(r.status == status for r in self.cases)
@@ -98,9 +100,20 @@ class Validation:
         return tuple(r for r in self.cases if r.tried)
 
     @property
+    def failing(self) -> bool:
+        """Something was tried and does not hold."""
+        return any(r.status != HELD for r in self.tried)
+
+    @property
+    def vacuous(self) -> bool:
+        """Nothing was tried; or nothing but inputs to be refused, although there are others."""
+        only_refusals = all(r.kind == "reject" for r in self.tried)
+        return not self.tried or (only_refusals and any(r.kind != "reject" for r in self.cases))
+
+    @property
     def holds(self) -> bool:
         """Something was tried, everything that was tried holds, and no choice is inconsistent."""
-        return bool(self.tried) and all(r.status == HELD for r in self.tried) and not self.inconsistent
+        return not self.vacuous and not self.failing and not self.inconsistent
 
     def by_claim(self) -> dict[str, tuple[int, int]]:
         """claim -> (cases that hold, cases of numbers that were tried and offer it)."""

@@ -7,6 +7,7 @@ from collections import Counter
 
 from tabulate import tabulate
 
+from refimpl.validate import diagnosis_report
 from refimpl.validate.results import (
     FAILED,
     HELD,
@@ -28,6 +29,8 @@ def text(validation: Validation) -> str:
     if validation.tried:
         lines += [tabulate([_row(r) for r in validation.tried], HEADERS, disable_numparse=True), ""]
     lines += sentences(validation)
+    for diagnosis in validation.diagnoses:
+        lines += ["", diagnosis_report.text(diagnosis)]
     return "\n".join(lines)
 
 
@@ -110,6 +113,8 @@ def _conclusion(v: Validation) -> list[str]:
     broken = [f"{v.count(NOT_HELD)} off", f"{v.count(FAILED)} failed"]
     if v.holds:
         return [f"{what}. It holds."]
+    if v.vacuous and held == tried:
+        return [f"{what}, but these only have to be refused: no case with an output was tried."]
     lines = [f"{what}, {', '.join(broken)}. It does not hold."]
     tightest = v.tightest
     only_numbers = all(r.claims for r in v.tried if r.status == NOT_HELD)

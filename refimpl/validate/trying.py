@@ -34,8 +34,6 @@ class Judging:
     claim: Claim | None
     declared: Alternatives
     reference: Reference
-    trial: Trial | None = None
-    output: Output | None = None
 
     @classmethod
     def of(cls, folder: Folder, declared: PortFile, demanded: str | None) -> Judging | str:
@@ -65,7 +63,7 @@ class Judging:
 
     def explainable(self, result: CaseResult) -> bool:
         """Whether alternatives of choices may be tried on it once more."""
-        return result.status == NOT_HELD and self.trial is not None and self.output is not None
+        return result.status == NOT_HELD and result.evidence is not None and bool(result.evidence.own)
 
 
 def _roles(case: Case, declared: PortFile) -> Case:
@@ -91,13 +89,13 @@ def judged(result: CaseResult, judging: Judging, output: Path) -> CaseResult:
         given = open_output(case, output)
         if judging.claim is None:
             return _with(result, of_bits(judging.folder, given))
-        judging.output = Output(case, given)
-        verdict = of_numbers(judging.reference, judging.output, judging.claim)
-        claims = inference.by_claim(judging.reference, judging.output, verdict)
+        theirs = Output(case, given)
+        verdict = of_numbers(judging.reference, theirs, judging.claim)
+        claims = inference.by_claim(judging.reference, theirs, verdict)
     except Error as error:
         why = str(error).replace(str(output), "the output")
         return replace(result, status=FAILED, why=f"{why[:300]}")
-    return _evidence(_with(replace(result, claims=claims), verdict), judging)
+    return _evidence(_with(replace(result, claims=claims), verdict), judging, theirs)
 
 
 def _refused(result: CaseResult, ran: Ran, case: Case, output: Path) -> CaseResult:
@@ -145,21 +143,20 @@ def _what(t: TensorVerdict) -> str:
     return t.note or t.verdict
 
 
-def _evidence(result: CaseResult, judging: Judging) -> CaseResult:
+def _evidence(result: CaseResult, judging: Judging, theirs: Output) -> CaseResult:
     """What the case says about choices, where it can be computed again."""
     if result.verdict is None or judging.claim is None or result.status not in (HELD, NOT_HELD):
         return result
     try:
-        trial = judging.trial = Trial(judging.folder, judging.declared)
+        trial = Trial(judging.folder, judging.declared)
         own = {name: getattr(trial.setting.choices, name) for name in trial.reads}
         if result.status == HELD:
             refuted = inference.refuted(
                 trial, judging.declared, judging.reference, result.verdict, judging.claim
             )
             return replace(result, evidence=Evidence(result.id, own, refuted=refuted))
-        return _explained(result, judging, trial, own, trial.singles(judging.declared))
+        return _explained(result, judging, trial, theirs, trial.singles(judging.declared))
     except Error:  # a case that programs cannot run again says nothing about choices
-        judging.trial = None
         return result
 
 
@@ -167,27 +164,30 @@ def _explained(
     result: CaseResult,
     judging: Judging,
     trial: Trial,
-    own: Alternatives,
+    theirs: Output,
     candidates: list[Alternatives],
     *,
     first: bool = False,
 ) -> CaseResult:
     assert result.verdict is not None
     assert judging.claim is not None
-    assert judging.output is not None
     found = inference.explain(
-        trial, candidates, judging.reference, result.verdict, judging.output, judging.claim, first=first
+        trial, candidates, judging.reference, result.verdict, theirs, judging.claim, first=first
     )
+    own = {name: getattr(trial.setting.choices, name) for name in trial.reads}
     evidence = Evidence(result.id, own, tuple(e.changes for e in found))
     return replace(result, evidence=evidence, explanations=tuple(found))
 
 
-def again(result: CaseResult, judging: Judging, known: Alternatives) -> CaseResult:
+def again(result: CaseResult, judging: Judging, output: Path, known: Alternatives) -> CaseResult:
     """Under several alternatives at once, once some are known from other cases."""
-    trial = judging.trial
-    assert trial is not None
-    own = {name: getattr(trial.setting.choices, name) for name in trial.reads}
-    return _explained(result, judging, trial, own, trial.combined(known, judging.declared), first=True)
+    try:
+        trial = Trial(judging.folder, judging.declared)
+        theirs = Output(judging.folder.case, open_output(judging.folder.case, output))
+        candidates = trial.combined(known, judging.declared)
+        return _explained(result, judging, trial, theirs, candidates, first=True)
+    except Error:
+        return result
 
 
 def settled(result: CaseResult, assigned: Mapping[str, Alternatives]) -> CaseResult:

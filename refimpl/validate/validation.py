@@ -22,7 +22,8 @@ from typing import Final, TypeVar
 from refimpl.cases import format
 from refimpl.cases.folder import Folder
 from refimpl.errors import Error, Invalid, Unreadable
-from refimpl.validate import preparing, running, trying
+from refimpl.validate import diagnosing, preparing, running, trying
+from refimpl.validate.diagnosis import Diagnosis
 from refimpl.validate.port import Port, Runner
 from refimpl.validate.portfile import PortFile
 from refimpl.validate.results import FAILED, LEFT_OUT, NOT_FOR_ME, NOT_OFFERED, CaseResult, Validation
@@ -46,6 +47,7 @@ class Wanted:
     jobs: int = 1
     timeout: float = TIMEOUT
     keep: Path | None = None  # where outputs and what was printed stay
+    diagnose: bool = False  # name the mistakes of what does not hold
 
 
 def validate(
@@ -62,13 +64,16 @@ def validate(
             if settled.known:
                 results = session.again(results, settled.known)
                 settled = settle([r.evidence for r in results if r.evidence is not None])
+            results = [trying.settled(r, settled.assigned) for r in results]
+            diagnoses = session.diagnosed(results) if wanted.diagnose else ()
         except BaseException:
             stop.set()
             raise
         finally:
             session.close()
-    results = [trying.settled(r, settled.assigned) for r in results]
-    return Validation(port.name, declared, wanted.claim, tuple(results), settled.seen, settled.inconsistent)
+    return Validation(
+        port.name, declared, wanted.claim, tuple(results), settled.seen, settled.inconsistent, diagnoses
+    )
 
 
 def _cases(wanted: Wanted) -> list[Path]:
@@ -96,6 +101,7 @@ class _Session:
         self._free.put(self._runners[0])
         self._lock = threading.Lock()
         self._judgings: dict[str, Judging] = {}
+        self._folders: dict[str, Folder] = {}  # whose outputs are evidence
 
     def all(self, paths: Sequence[Path], done: Callable[[str], None]) -> list[CaseResult]:
         return self._over(self._one, paths, done)
@@ -104,9 +110,23 @@ class _Session:
         """What is still unexplained, under what was found elsewhere."""
         judgings = self._judgings
         unexplained = [r for r in results if r.id in judgings and not r.explanations]
-        tried = self._over(lambda r: trying.again(r, judgings[r.id], known), unexplained, lambda id: None)
+
+        def call(r: CaseResult) -> CaseResult:
+            return trying.again(r, judgings[r.id], self._root / r.id / OUTPUT, known)
+
+        tried = self._over(call, unexplained, lambda id: None)
         by_id = {r.id: r for r in tried}
         return [by_id.get(r.id, r) for r in results]
+
+    def diagnosed(self, results: Sequence[CaseResult]) -> tuple[Diagnosis, ...]:
+        """Of all outputs that were judged, under the choices that the port takes."""
+        judged = []
+        for r in results:
+            if r.id in self._folders and r.verdict is not None:
+                folder = Folder(self._folders[r.id].path, self._folders[r.id].case)
+                choices = {**self._declared.choices, **r.under}
+                judged.append((folder, self._root / r.id / OUTPUT, r.verdict, choices))
+        return tuple(diagnosing.of_outputs(judged))
 
     def close(self) -> None:
         for runner in self._runners:
@@ -136,7 +156,7 @@ class _Session:
             try:
                 return self._tried(Folder.open(path), id, place)
             finally:
-                if self._wanted.keep is None and id not in self._judgings:
+                if self._wanted.keep is None and id not in self._judgings and id not in self._folders:
                     shutil.rmtree(place, ignore_errors=True)
         except Error as error:  # of our own folder, or of the temporary one
             return CaseResult(id, status=FAILED, why=f"the case cannot be tried: {error}")
@@ -159,6 +179,8 @@ class _Session:
         result = trying.judged(replace(plain, ran=ran), judging, output)
         if judging.explainable(result):
             self._judgings[id] = judging
+        if self._wanted.diagnose and judging.claim is not None and result.verdict is not None:
+            self._folders[id] = judging.folder
         return result
 
     def _run(self, folder: Path, output: Path, limit: int) -> Ran:

@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parent.parent.parent / "golden"
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "out.safetensors"
-    safetensors.write(out, {"model.layers.3.input_layernorm": np.full((16, 512), np.inf)})
+    safetensors.write(out, {"model.layers.3.self_attn.kv_a_layernorm": np.full((16, 512), np.inf)})
     off = check(GOLDEN / "norm/epsilon", out)
     ran = Ran("failed", "exit status 1", 1.25, "a\x00b <b>&amp;</b>", "\x1b[31mred\ud800")
     return Validation(
@@ -86,7 +86,7 @@ def test_json_has_everything_and_is_json(validation):
         "left out": 0,
     }
     assert value["cases"][1]["worst"] == "inf"
-    assert value["cases"][1]["verdict"]["first_off"] == "model.layers.3.input_layernorm"
+    assert value["cases"][1]["verdict"]["first_off"] == "model.layers.3.self_attn.kv_a_layernorm"
     assert value["cases"][2]["ran"]["stdout"] == "a\x00b <b>&amp;</b>"
 
 

@@ -253,3 +253,28 @@ def test_an_interruption_ends_the_port_and_leaves_nothing(tmp_path):
     assert _gone(int((tmp_path / "child").read_text()))
     assert not list(temporary.iterdir())
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_port_that_only_refuses_has_shown_nothing(tmp_path):
+    for name in ("reject/bias-nan", "norm/epsilon"):
+        shutil.copytree(GOLDEN / name, tmp_path / "cases" / name)
+    script = tmp_path / "port.sh"
+    script.write_text('case "$1" in */reject/*) exit 1;; *) exit 77;; esac\n')
+    found, whole = _validate(Command(("sh", str(script))), tmp_path / "cases")
+    assert found["bias-nan"].status == HELD
+    assert not whole.holds
+    assert whole.vacuous
+    assert "no case with an output was tried" in summary.text(whole)
+    shutil.rmtree(tmp_path / "cases/norm")
+    assert _validate(Command(("sh", str(script))), tmp_path / "cases")[1].holds
+
+
+def test_what_does_not_hold_is_diagnosed_when_asked(tmp_path):
+    for name in ("norm/epsilon", "norm/hidden"):
+        shutil.copytree(GOLDEN / name, tmp_path / "cases" / name)
+    script = tmp_path / "broken.sh"
+    script.write_text(f'exec {sys.executable} {SAMPLE} --broken "$1" "$2"\n')
+    _, whole = _validate(Command(("sh", str(script))), tmp_path / "cases", diagnose=True)
+    assert not whole.holds
+    assert "the mean" in summary.text(whole)
+    assert json.loads(details.text(whole))["diagnoses"]

@@ -36,7 +36,7 @@ def wrong(id: str, case: str) -> Outputs:
     return programs.run(component, MUTANTS[id].change(s))
 
 
-@pytest.mark.parametrize(("id", "factor"), [("G14", 1 / 16), ("G15", 0.0), ("X03a", 2.0)])
+@pytest.mark.parametrize(("id", "factor"), [("G14a", 1 / 16), ("G14b", 16.0), ("G15", 0.0), ("X03a", 2.0)])
 def test_the_shared_part_counts_so_often(id: str, factor: float) -> None:
     parts, path = right("moe/v2"), setting("moe/v2")[1].path
     routed, shared = parts[f"{path}.experts"], parts[f"{path}.shared_experts"]

@@ -167,7 +167,8 @@ def _dropped(outputs: Outputs) -> Outputs:
 
 
 MUTANTS: Final = (
-    Mutant("G14", _shared_times(lambda config: 1.0 / config.routed_scaling_factor)),
+    Mutant("G14a", _shared_times(lambda config: 1.0 / config.routed_scaling_factor)),
+    Mutant("G14b", _shared_times(lambda config: config.routed_scaling_factor)),
     Mutant("G15", _shared_times(lambda config: 0.0)),
     Mutant("G20", operations(experts=_weight_before_down), benign=True),
     Mutant("G21", _halves_swapped),

@@ -98,6 +98,7 @@ MUTANTS: Final = (
     Mutant("G06", operations(choose=lambda ops: _without_bias)),
     Mutant("G07a", configured(scoring_func="softmax")),
     Mutant("G07b", chooser(_ungrouped)),
+    Mutant("G07c", both(configured(scoring_func="softmax"), chooser(_ungrouped))),
     Mutant("G08", operations(gate=_softmax_after_mask)),
     Mutant("G09a", weighted(normalised=lambda c: False)),
     Mutant("G09b", weighted(normalised=lambda c: True)),

@@ -226,9 +226,7 @@ def main() -> int:
     from diagnosis_page import page
 
     todo, rows = list(work(given.only, given.dtype or list(CLAIMS))), []
-    with ProcessPoolExecutor(
-        given.jobs, mp_context=get_context("spawn"), initializer=_quiet, max_tasks_per_child=20
-    ) as pool:
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
         futures = [pool.submit(row, *item, given.cases, given.set, given.verdicts) for item in todo]
         for future in as_completed(futures):
             rows.append(future.result())

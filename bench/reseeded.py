@@ -26,9 +26,9 @@ FLOATS: Final = (
 
 
 def build(root: Path, seed: int, suites: str | None, jobs: int) -> None:
-    """Write whole cases below root, a suite per process, and say which definitions make none."""
+    """Write whole cases below root, and say which definitions make none."""
     names = suites.split(",") if suites else FLOATS
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_suite, root, seed, name) for name in names]
         for name, future in zip(names, futures, strict=True):
             print(f"{name}: {future.result()}", flush=True)

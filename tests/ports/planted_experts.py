@@ -170,6 +170,17 @@ ROUTING = (
 
 _OUT_OF = ("*.mlp", "*.experts", "*.experts.*")
 
+_LAYER_KIND = 'return layer >= c["first_k_dense_replace"] and layer % c.get("moe_layer_freq", 1) == 0'
+# A loader that skips what it does not find: the layer's other part has no weights and adds nothing.
+_NOT_STRICT = (
+    'y = self.moe(f"{path}.mlp", normed) if self.is_moe(layer) else self.mlp(f"{path}.mlp", normed)',
+    """part = self.moe if self.is_moe(layer) else self.mlp
+        try:
+            y = part(f"{path}.mlp", normed)
+        except KeyError:
+            y = torch.zeros_like(h)""",
+)
+
 INPUT = (
     Planted(
         "X01",
@@ -181,6 +192,19 @@ INPUT = (
             ),
         ),
         ("model",),
+    ),
+    Planted(
+        "X02-first",
+        ("X02",),
+        ((_LAYER_KIND, _LAYER_KIND.replace("layer >= c", "layer > c")), _NOT_STRICT),
+        ("model",),
+    ),
+    Planted(
+        "X02-frequency",
+        ("X02",),
+        ((_LAYER_KIND, 'return layer >= c["first_k_dense_replace"]'), _NOT_STRICT),
+        ("model",),
+        hidden="only a case with another moe_layer_freq than 1 shows it",
     ),
 )
 

@@ -176,7 +176,11 @@ class _ModuleRunner:
     def _start(self, limits: Limits) -> str | None:
         """Why it did not start."""
         child = Child([sys.executable, "-c", _START, _ROOT, self._target], answers=True, stop=self._stop)
-        found = child.wait(replace(limits, seconds=max(limits.seconds, IMPORT)), lambda: 0)
+        try:
+            found = child.wait(replace(limits, seconds=max(limits.seconds, IMPORT)), lambda: 0)
+        except BaseException:
+            child.close()
+            raise
         if isinstance(found, bytes):
             why = str(json.loads(found)["why"])
             if not why:

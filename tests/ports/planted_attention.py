@@ -230,7 +230,6 @@ LATENT = (
         ("A04",),
         ((_EPS, 'eps = c["rms_norm_eps"]'),),
         MLA,
-        hidden="rms_norm_eps is 1e-6 in every case",
     ),
     Planted("A04-class", ("A04",), ((_EPS, "eps = 1e-5"),), MLA),
     Planted(

@@ -204,7 +204,6 @@ INPUT = (
         ("X02",),
         ((_LAYER_KIND, 'return layer >= c["first_k_dense_replace"]'), _NOT_STRICT),
         ("model",),
-        hidden="only a case with another moe_layer_freq than 1 shows it",
     ),
 )
 

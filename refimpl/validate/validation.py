@@ -156,10 +156,17 @@ class _Session:
             try:
                 return self._tried(Folder.open(path), id, place)
             finally:
-                if self._wanted.keep is None and id not in self._judgings and id not in self._folders:
-                    shutil.rmtree(place, ignore_errors=True)
+                if self._wanted.keep is None:
+                    self._clear(id, place)
         except Error as error:  # of our own folder, or of the temporary one
             return CaseResult(id, status=FAILED, why=f"the case cannot be tried: {error}")
+
+    def _clear(self, id: str, place: Path) -> None:
+        """The output stays while it is evidence, of a choice or of a mistake."""
+        if id in self._judgings or id in self._folders:
+            (place / format.INPUTS).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
 
     def _tried(self, folder: Folder, id: str, place: Path) -> CaseResult:
         case = folder.case

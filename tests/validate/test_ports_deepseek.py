@@ -103,6 +103,22 @@ def test_what_it_has_no_argument_for_is_not_for_it(id, why):
         deepseek.outputs(PortCase.open(f"{GOLDEN}/{id}"), backward=True)
 
 
+def test_sums_of_scores_in_which_its_missing_epsilon_shows_are_not_for_it():
+    """Logits of -48: the sums are near 1e-20."""
+    d = Definition(
+        "made/tiny-sums",
+        "",
+        (),
+        "gate",
+        shaped(preset("tiny-v3"), hidden_size=64),
+        {"x": Given(np.ones((4, 64)))},
+        "model.layers.1.mlp.gate",
+        {"weight": Given(np.full((16, 64), -0.75))},
+    )
+    with pytest.raises(NotForMe, match="topk_norm_epsilon"):
+        deepseek.outputs(made_up(d)[0], "float32")
+
+
 PLANTED = {  # id of the catalogue -> text of model.py, what becomes of it, a case, what is off
     "Y07": (
         "self.softmax_scale = self.softmax_scale * mscale * mscale",

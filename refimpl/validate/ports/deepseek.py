@@ -143,10 +143,24 @@ class Demo:
         finally:
             self.code.apply_rotary_emb = rotate
 
+    def _without_epsilon(self, chosen: Any) -> Any:
+        """The scores that its gate normalises, unless the epsilon of the case, which it lacks, would show."""
+        epsilon = self.trial.case.choices["topk_norm_epsilon"]
+        if (
+            self.trial.config.norm_topk_prob
+            and (self.torch.sum(chosen.float(), -1) < 2.0**24 * epsilon).any()
+        ):
+            raise NotForMe(
+                f"the case has topk_norm_epsilon = {epsilon}, and DeepSeek's code computes with 0.0"
+            )
+        return chosen
+
     def functions(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the trial intercepts, and the frequencies that go into the table."""
+        """What the trial intercepts, the frequencies of the table, and the scores that the gate normalises."""
         if function is self.torch.outer:
             self.trial.record(f"{self.trial.path}.inv_freq", args[1])
+        if function is self.torch.Tensor.gather and self.trial.inside("gate") is not None:
+            return self._without_epsilon(function(*args, **kwargs))
         return self.trial.functions(function, args, kwargs)
 
 

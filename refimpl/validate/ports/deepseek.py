@@ -156,7 +156,7 @@ class Demo:
         return chosen
 
     def functions(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the trial intercepts, the frequencies of the table, and the scores that the gate normalises."""
+        """What the trial intercepts, frequencies of the table, and the scores that the gate normalises."""
         if function is self.torch.outer:
             self.trial.record(f"{self.trial.path}.inv_freq", args[1])
         if function is self.torch.Tensor.gather and self.trial.inside("gate") is not None:

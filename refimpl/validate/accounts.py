@@ -1,5 +1,5 @@
 """What is known of a failing case beyond its verdict: which stages are wrong given their own input, and how.
-SPEC VERDICT-18, DIAG-5."""
+SPEC VERDICT-18, VERDICT-21."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _others(evidence: Evidence, output: Output, found: list[Stage]) -> Mapping[s
     inputs = {
         t.name: evidence.folder.given(t) for t in case.tensors if t.role == "input" and t.dtype != "I64"
     }
-    theirs = {stage.name: stage.theirs for stage in found if stage.z.size == stage.theirs.size}
+    theirs = {stage.name: stage.theirs for stage in found if not stage.set}
     return {name: np.asarray(value) for name, value in {**inputs, **theirs}.items()}
 
 

@@ -1,4 +1,4 @@
-"""The mistakes that a diagnosis tries, and what each computes in a case.  SPEC DIAG-3, DIAG-4.
+"""The mistakes that a diagnosis tries, and what each computes in a case.  SPEC VERDICT-19, VERDICT-20.
 
 A trial is first measured with the right program's sigma, which is one run; what comes near is measured again
 with the sigma of the wrong program itself.

@@ -1,4 +1,4 @@
-"""How close a program's numbers are to a port's.  SPEC DIAG-3.
+"""How close a program's numbers are to a port's.  SPEC VERDICT-19.
 
 z = (port - program) / sigma, element by element.  The distance of a tensor is the mean of log(1 + z^2),
 which counts orders of magnitude and is not ruled by the largest element; that of a case is the mean over its

@@ -1,4 +1,4 @@
-"""Which mistake makes a port's numbers.  SPEC DIAG-1 to DIAG-6.
+"""Which mistake makes a port's numbers.  SPEC VERDICT-19 to VERDICT-21.
 
 Every known mistake is a program.  The one whose numbers are the port's, in all cases that fail and in none
 that passes otherwise, is named; where several have the same numbers, all of them are.  What one mistake

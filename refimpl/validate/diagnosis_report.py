@@ -1,4 +1,4 @@
-"""A diagnosis for people and for programs.  SPEC DIAG-6.
+"""A diagnosis for people and for programs.  SPEC VERDICT-20.
 
 The first line has the name of the mistake and how sure it is; where nothing is named, it says so.
 """

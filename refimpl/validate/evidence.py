@@ -1,4 +1,4 @@
-"""An output of a port as evidence: its numbers beside those of the right program.  SPEC DIAG-1, DIAG-2.
+"""An output of a port as evidence: its numbers beside those of the right program.  SPEC VERDICT-19.
 
 A case is computed again in float64, without a change and with every candidate's.  All its tensors are one
 long vector: of a large tensor the elements in which the port is off most, and others evenly spread.  A

@@ -1,4 +1,4 @@
-"""What can be said of a stage that is wrong in no known way.  SPEC DIAG-5.
+"""What can be said of a stage that is wrong in no known way.  SPEC VERDICT-21.
 
 ours is what the stage makes of its own input, theirs is what the port has.  Each test is a sentence that
 holds for nearly all elements to within roundings, or is not said.
@@ -53,7 +53,7 @@ def component(name: str) -> str:
 def said(stage: Stage, config: ModelConfig, others: Mapping[str, Array], length: int) -> list[str]:
     """Sentences on a stage that is off.  others: the tensors of the port and of the case, by name; length:
     tokens of a sequence, or 0."""
-    if stage.z.size != stage.theirs.size:  # of a set
+    if stage.set:
         return list(_where(stage, stage.z.reshape(-1, 1), length))
     broken = ~np.isfinite(stage.theirs) & np.isfinite(stage.ours)
     if broken.any():

@@ -1,4 +1,4 @@
-"""float64 with the roundings of a claim drawn at random: how far a program's numbers move.  SPEC DIAG-2.
+"""float64 with the roundings of a claim drawn at random: how far a program's numbers move.  SPEC VERDICT-19.
 
 Every value that crosses a site moves by at most the claim's storage roundoff, what a product reads by the
 product's, and sums and functions by the accumulator's.  Unlike the noise floor of a case this has the claim's

@@ -49,7 +49,7 @@ _MODULES = ("embedding", "linear", "norm", "mla", "mlp", "experts", "moe", "bloc
 @dataclass(frozen=True)
 class Stage:
     """A tensor as this stage alone makes it.  ours, theirs: flat; z: how many sigma they are apart, of a set
-    one number for each row."""
+    one number for each row and no sigma."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,6 +59,10 @@ class Stage:
     theirs: Array
     z: Array
     sigma: Array
+
+    @property
+    def set(self) -> bool:
+        return self.sigma.size == 0
 
     @property
     def off(self) -> bool:
@@ -219,4 +223,4 @@ def _set(t: Tensor, ours: list[Array], theirs: Array) -> Stage:
     wrong = np.any(own[0] != other, -1) & ~unstable
     z = np.where(wrong, np.inf, 0.0)
     verdict = OFF if wrong.any() else RIGHT
-    return Stage(t.name, t.shape, verdict, float(z.max(initial=0.0)), own[0], other, z, np.zeros(len(z)))
+    return Stage(t.name, t.shape, verdict, float(z.max(initial=0.0)), own[0], other, z, np.zeros(0))

@@ -29,6 +29,7 @@ PAIRED = 4  # unexplained cases in which pairs are searched
 CERTAIN = (
     1.0  # nats by which a mistake has to be nearer than the right program when a passing case is against it
 )
+DIFFERENT = 0.05  # of two distances of a tensor
 ACCOUNTS = 3  # unexplained cases of which more is said
 PARTS = tuple(PROGRAMS)  # components, the smaller first
 PASSING = 24  # passing cases that are asked whether they contradict
@@ -39,7 +40,8 @@ class Finding:
     """A mistake, or the mistakes that cannot be told from it, with the cases that it explains.
 
     names: alternatives, each the ids of one mistake or of a pair.  distance: of the port's numbers from the
-    mistake's; next_distance and next_name: from those of the next candidate, which may be the right program.
+    mistake's; next_distance and next_name: from those of the next candidate, () for the right program; apart:
+    how much farther that is, over the tensors in which the two differ.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -47,6 +49,7 @@ class Finding:
     distance: float
     next_distance: float
     next_name: tuple[str, ...]
+    apart: float
     share: float
     agreeing: int  # passing cases that were asked
     against: tuple[str, ...]  # those of them that it would change, though the port is right there
@@ -60,7 +63,7 @@ class Finding:
     @property
     def closer(self) -> float:
         """How many times nearer the mistake's numbers are than the next candidate's, typically."""
-        return math.exp(min(60.0, max(0.0, self.next_distance - self.distance) / 2.0))
+        return math.exp(min(60.0, max(0.0, self.apart) / 2.0))
 
 
 @dataclass(frozen=True)
@@ -257,17 +260,27 @@ class Search:
         apart = [ids for ids in fitting if ids not in names and len(ids) == len(best.ids)]
         rivals = sum(self._against(self.known[ids]) <= against for ids in apart)
         compared = [b for b in here if b in self.full] or here[:1]
-        distance, following, name = self._runner_up(compared, fits, names)
+        distance, following, name, gap = self._runner_up(compared, fits, names)
         share = _mean([fits[b.id].closeness.share for b in here])
         cases = tuple(b.id for b in here)
         return Finding(
-            tuple(names), cases, distance, following, name, share, len(self._witnesses()), against, rivals
+            tuple(names),
+            cases,
+            distance,
+            following,
+            name,
+            gap,
+            share,
+            len(self._witnesses()),
+            against,
+            rivals,
         )
 
     def _runner_up(
         self, benches: list[Bench], fits: dict[str, Trial], names: list[tuple[str, ...]]
-    ) -> tuple[float, float, tuple[str, ...]]:
-        """The distance, and that of the nearest candidate of another name; () is the right program."""
+    ) -> tuple[float, float, tuple[str, ...], float]:
+        """The distance, that of the nearest candidate of another name, that name, () for the right program,
+        and how far the two are apart."""
         ranked: list[tuple[float, tuple[str, ...]]] = [(_mean([b.right.distance for b in benches]), ())]
         for candidate in self.all:
             if candidate.ids not in names:
@@ -277,7 +290,14 @@ class Search:
                 if not known or not self._against(candidate):
                     ranked.append((_mean(own), candidate.ids))
         distance = _mean([fits[b.id].closeness.distance for b in benches])
-        return (distance, *min(ranked))
+        following, name = min(ranked)
+        apart = []
+        for b in benches:
+            trial = next((b.first(c) for c in self.all if c.ids == name), None)
+            other = b.right if trial is None else trial.closeness
+            pairs = zip(fits[b.id].closeness.tensors, other.tensors, strict=True)
+            apart += [theirs - own for own, theirs in pairs if abs(theirs - own) > DIFFERENT]
+        return distance, following, name, _mean(apart)
 
     # two mistakes at once
 

@@ -73,6 +73,9 @@ MEASURING = {  # these compute no golden value
     "cases/build.py": "counts of rows, and the median margin as it is shown",
     "validate/evidence.py": "errors of a port are measured in float64",
     "validate/closeness.py": "errors of a port are measured in float64",
+    "validate/findings.py": "errors of a port are described in float64",
+    "validate/reentry.py": "errors of a port are measured in float64",
+    "validate/jitter.py": "an arithmetic on BLAS, whose runs measure errors",
     "validate/diagnosis.py": "how many times closer, as it is shown",
 }
 

@@ -153,10 +153,11 @@ def scored(planted: Any, named: Named, first: tuple[tuple[str, str], ...]) -> st
     if planted.right:
         return FALSE if classes else FAILS
     if planted.parts:
-        both, apart = tuple(sorted(planted.answer)), set().union(*classes[:2]) if classes else set()
-        if classes and (both in classes[0] or all((id,) in apart for id in both)):
+        both = set(planted.answer)
+        own = [set().union(*(one for one in c if set(one) <= both)) for c in classes]
+        if classes and all(own) and set().union(*own) == both:
             return FIRST
-        return NONE if not classes else HALF if any((id,) in c for id in both for c in classes) else WRONG
+        return NONE if not classes else HALF if any(own) else WRONG
     if not planted.answer:
         if classes:
             return WRONG

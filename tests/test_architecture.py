@@ -75,6 +75,7 @@ MEASURING = {  # these compute no golden value
     "validate/closeness.py": "errors of a port are measured in float64",
     "validate/findings.py": "errors of a port are described in float64",
     "validate/reentry.py": "errors of a port are measured in float64",
+    "validate/candidates.py": "errors of a port are measured in float64",
     "validate/jitter.py": "an arithmetic on BLAS, whose runs measure errors",
     "validate/diagnosis.py": "how many times closer, as it is shown",
 }

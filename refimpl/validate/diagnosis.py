@@ -29,6 +29,7 @@ PAIRED = 4  # unexplained cases in which pairs are searched
 CERTAIN = (
     1.0  # nats by which a mistake has to be nearer than the right program when a passing case is against it
 )
+WORSE = 0.5  # nats by which a mistake is farther from the port than the right program, to speak against it
 DIFFERENT = 0.05  # of two distances of a tensor
 ACCOUNTS = 3  # unexplained cases of which more is said
 PARTS = tuple(PROGRAMS)  # components, the smaller first
@@ -212,7 +213,7 @@ class Search:
         """It makes worse what it does not explain: its numbers coincide in some cases only."""
         own = self.fits[candidate.ids]
         rest = [(b, b.first(candidate)) for b in self.benches if b.id not in own and self._alone(b)]
-        worse = [b for b, t in rest if t is not None and t.closeness.distance > b.right.distance]
+        worse = [b for b, t in rest if t is not None and t.closeness.distance > b.right.distance + WORSE]
         return len(worse) > len(own)
 
     def _alone(self, bench: Bench) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refimpl import programs
-from refimpl.cases import bits, certificate, decisions, format, tolerances
+from refimpl.cases import bits, cap, certificate, decisions, format, tolerances
 from refimpl.cases.bits import Bits
 from refimpl.cases.claims import CLAIMS
 from refimpl.cases.definition import Definition, Given
@@ -64,18 +64,26 @@ def build(definition: AnyDefinition) -> Built:
     extras = {f"{kind}/{name}": array for name, own in judges.items() for kind, array in own.arrays.items()}
     case = replace(case, tensors=(*case.tensors, *outputs))
     offered = _offered(definition, case, expected, extras)
+    if judges:
+        settled = setting(definition, _decided(given, expected), Exact(), True)
+        claims = [CLAIMS[name] for name, why in offered.items() if why is None]
+        case = cap.capped(InMemory(case, expected, extras), settled, claims)
     return Built(certificate.certified(case, expected, extras, offered), given, expected, extras)
 
 
 def run(d: Definition, given: Mapping[str, Array], ar: Arithmetic, forced: bool) -> Outputs:
     """The program of a definition on its data; forced: the routing is that among the inputs."""
+    return programs.run(d.component, setting(d, given, ar, forced))
+
+
+def setting(d: Definition, given: Mapping[str, Array], ar: Arithmetic, forced: bool) -> Setting:
+    """A definition with its data, ready to run."""
     routing = {name.removesuffix(IDX): value for name, value in given.items() if name.endswith(IDX)}
     inputs = {name: given[name] for name in d.inputs if not (name.endswith(IDX) and d.component != "experts")}
     weights = {name: given[name] for name in d.weight_sources()}
-    setting = Setting(
+    return Setting(
         ar, d.config, d.choices, d.path, d.backward, d.arguments, inputs, weights, routing if forced else {}
     )
-    return programs.run(d.component, setting)
 
 
 def _with_routing(d: Definition) -> Definition:
@@ -152,9 +160,14 @@ def _check(d: Definition, expected: Mapping[str, Array]) -> None:
             raise Invalid(f"case {d.id}: tensor {name} is empty or has values that are not finite.")
 
 
+def _decided(given: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Array]:
+    """What is given, with the exact routing."""
+    return {**given, **{name: value for name, value in expected.items() if name.endswith(IDX)}}
+
+
 def _judges(d: Definition, given: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Judges]:
     """Of every tensor, with the routing forced to the exact one."""
-    forced = {**given, **{name: value for name, value in expected.items() if name.endswith(IDX)}}
+    forced = _decided(given, expected)
     return tolerances.judges(lambda ar: run(d, forced, ar, True), expected, d.component not in NETWORKS)
 
 

@@ -54,8 +54,10 @@ def demo(to: Rounding) -> Table:
 
 
 _INSIDE: Final = """
-norm.normed attention.scores attention.probs d.attention.scores d.attention.probs swiglu.silu d.swiglu.*
-rope.table rope.product residual d.residual experts.slot experts.sum d.experts.sum experts.out moe.out lm_head.out
+norm.normed attention.scores attention.probs d.attention.scores d.attention.probs
+swiglu.silu d.swiglu.*
+rope.table rope.product residual d.residual lm_head.out
+experts.slot experts.sum d.experts.sum experts.out moe.out
 """
 
 

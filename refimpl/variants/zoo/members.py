@@ -76,8 +76,8 @@ _TF32_ROWS: tuple[Member, ...] = (
 _BF16_ROWS: tuple[Member, ...] = (
     Member(
         "bf16 eager",
-        "every kernel stores bf16, as in transformers: normed before the gain, products of the rotation, silu, "
-        "and the sum of experts",
+        "every kernel stores bf16, as in transformers: normed before the gain, products of the rotation, "
+        "silu, the sum of experts",
         both(half(to_bf16, EAGER_BF16), _EAGER),
         _BF16,
     ),

@@ -30,10 +30,19 @@ def test_gradients_are_those_of_the_moved_ids() -> None:
 
 
 def test_the_first_layer_with_experts_has_only_the_shared_ones() -> None:
-    right, found = (outputs("block/experts-vjp", m) for m in (lambda s: s, BY_ID["X02"].change))
+    right, found = (outputs("block/experts-vjp", m) for m in (lambda s: s, BY_ID["X02a"].change))
     layer = "model.layers.3"
     assert np.array_equal(found[f"{layer}.mlp"], right[f"{layer}.mlp.shared_experts"])
-    assert differing("block/dense-vjp", BY_ID["X02"].change) == []
-    assert differing("moe/experts-vjp", BY_ID["X02"].change) == []
+    assert differing("block/dense-vjp", BY_ID["X02a"].change) == []
+    assert differing("moe/experts-vjp", BY_ID["X02a"].change) == []
     assert not found[f"grad.{layer}.mlp.gate.weight"].any()
-    assert gradient_error("block/experts-vjp", BY_ID["X02"].change) < TOLERANCE
+    assert gradient_error("block/experts-vjp", BY_ID["X02a"].change) < TOLERANCE
+
+
+def test_a_layer_of_the_wrong_kind_adds_nothing() -> None:
+    layer = "model.layers.3"
+    found = outputs("block/experts-vjp", BY_ID["X02b"].change)
+    assert not found[f"grad.{layer}.mlp.shared_experts.down_proj.weight"].any()
+    assert gradient_error("block/experts-vjp", BY_ID["X02b"].change) < TOLERANCE
+    assert differing("block/experts-vjp", BY_ID["X02c"].change) == []
+    assert differing("model/layers", BY_ID["X02c"].change) != []

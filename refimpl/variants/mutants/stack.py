@@ -28,9 +28,22 @@ def _moved(by: int) -> Change:
     return given(change)
 
 
+def _layer(c: Context) -> int:
+    return int(c.path.split(".")[2])
+
+
 def _first_with_experts(c: Context) -> bool:
-    layer = int(c.path.split(".")[2])
-    return layer == next(i for i in range(layer + 1) if c.config.is_moe_layer(i))
+    layer = _layer(c)
+    return layer == next((i for i in range(layer + 1) if c.config.is_moe_layer(i)), -1)
+
+
+def _dense_between(c: Context) -> bool:
+    """A dense layer behind the first with experts, where not every layer has them."""
+    return c.leaf == "mlp" and not c.config.is_moe_layer(_layer(c)) and _layer(c) >= _first(c)
+
+
+def _first(c: Context) -> int:
+    return c.config.first_k_dense_replace
 
 
 _NOTHING: Final = Step(lambda c, y: (c.ar.zeros(y.shape), None), lambda c, dy, kept: c.ar.zeros(dy.shape))
@@ -38,5 +51,8 @@ _NOTHING: Final = Step(lambda c, y: (c.ar.zeros(y.shape), None), lambda c, dy, k
 MUTANTS: Final = (
     Mutant("X01a", _moved(1)),  # one more mark of the beginning
     Mutant("X01b", _moved(-1)),  # none
-    Mutant("X02", inside("block", **behind("experts", _NOTHING, _first_with_experts))),
+    # a layer of the wrong kind finds no weights of its own; what is not found adds nothing
+    Mutant("X02a", inside("block", **behind("experts", _NOTHING, _first_with_experts))),
+    Mutant("X02b", inside("block", **behind("moe", _NOTHING, _first_with_experts))),
+    Mutant("X02c", inside("block", **behind("mlp", _NOTHING, _dense_between))),
 )

@@ -256,6 +256,8 @@ def _validate(given: argparse.Namespace) -> int:
 
 
 def _mutants(given: argparse.Namespace) -> int:
+    if given.out and given.suites:
+        raise Invalid(f"--out is {given.out} and suites are named, but a matrix.json must have all of them.")
     paths = matrix.chosen(_folder(given.cases), given.suites)
     with _progress(len(paths), "running mutants") as done:
         factors = matrix.matrix(paths, matrix.known(given.id), given.jobs, done)

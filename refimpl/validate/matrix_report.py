@@ -111,14 +111,15 @@ def to_json(found: Sequence[Outcome], factors: Factors, partial: bool = False) -
 
 
 def merged(path: Path, factors: Factors) -> str:
-    """matrix.json with these rows: one line for each mutant, whatever else is in the file kept.
+    """matrix.json with these rows: a line for each mutant.  What else is in the file is kept, and rows of other
+    mutants that there still are.
 
     Raises Unreadable for a file that is there and is no JSON object.
     """
     old: dict[str, Any] = dict(read_object(path, LIMIT)) if path.exists() else {}
-    lines = [
-        f"  {json.dumps(id)}: {json.dumps(row, separators=(',', ':'))}" for id, row in rows(factors).items()
-    ]
+    kept = {id: row for id, row in old.get("mutants", {}).items() if id in EVERY}
+    table = sorted((kept | rows(factors)).items())
+    lines = [f"  {json.dumps(id)}: {json.dumps(row, separators=(',', ':'))}" for id, row in table]
     parts = ['"mutants": {\n' + ",\n".join(lines) + "\n }"]
     parts += [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in old.items() if name != "mutants"]
     return "{\n " + ",\n ".join(parts) + "\n}\n"

@@ -157,12 +157,14 @@ class TestCommand:
 
     def test_what_else_is_in_the_file_stays(self, tmp_path: Path) -> None:
         path = tmp_path / "matrix.json"
-        path.write_text('{"zoo": {"split-k": [0.5]}, "mutants": {"old": 1}}')
+        path.write_text('{"zoo": {"split-k": [0.5]}, "mutants": {"old": 1, "G12": 2}}')
         cases = self.copied(tmp_path / "cases", "mlp/narrow")
         assert main(["mutants", "--cases", cases, "--id", "G21", "--out", str(path)]) == 0
         found = json.loads(path.read_text())
         assert found["zoo"] == {"split-k": [0.5]}
-        assert list(found["mutants"]) == ["G21"]
+        assert list(found["mutants"]) == ["G12", "G21"]  # there is no mutant `old`
+        assert found["mutants"]["G12"] == 2
+        assert main(["mutants", "mlp", "--cases", cases, "--out", str(path)]) == 2
 
 
 class TestStored:

@@ -151,11 +151,10 @@ def judge(
     allowed = tolerance(reference, t, claim, every, index)
     if allowed is not None:
         allowed = Tolerance(allowed.element[keep], allowed.spread, allowed.bias)
-    else:
-        ours = _stored(ours, claim)
     best: Judged | None = None
     for layout, array in _layouts(t, theirs):
-        distance = measure(ours, array.reshape(-1)[positions], allowed, claim)
+        own = array.reshape(-1)[positions]
+        distance = measure(ours if allowed else _demanded(ours, own, claim), own, allowed, claim)
         found = Judged(distance, int(positions[distance.at]), layout, undecided)
         if distance.holds:
             return found
@@ -164,6 +163,11 @@ def judge(
         )
     assert best is not None
     return best
+
+
+def _demanded(ours: Array, theirs: Array, claim: Claim) -> Array:
+    """Exact values: stored in the claim's format, or in one that loses nothing."""
+    return np.where(theirs == ours, ours, _stored(ours, claim))
 
 
 def _stored(ours: Array, claim: Claim) -> Array:

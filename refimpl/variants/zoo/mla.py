@@ -176,13 +176,14 @@ def _halves(c: Context) -> tuple[Array, Array]:
 ABSORBED: Change = operations(mla=lambda ops: Op(_absorbed_forward, _absorbed_backward))
 
 
-# The other layout of rotary pairs, in the weights and in the rotation.
+# Halves in place of neighbouring pairs, in the weights and in the rotation.
 
 
 def OTHER_LAYOUT(s: Setting) -> Setting:  # noqa: N802 - a change like the others
+    if not s.config.rope_interleave:  # weights for halves are permuted already
+        return s
     rope, per_head = s.config.qk_rope_head_dim, s.config.qk_head_dim
-    pairs = np.arange(rope).reshape(-1, 2).T.reshape(-1)  # neighbours -> halves
-    order = pairs if s.config.rope_interleave else np.argsort(pairs)
+    order = np.arange(rope).reshape(-1, 2).T.reshape(-1)  # neighbours -> halves
 
     def permuted(width: int, at: Array) -> Any:
         def move(w: Array) -> Array:
@@ -200,7 +201,7 @@ def OTHER_LAYOUT(s: Setting) -> Setting:  # noqa: N802 - a change like the other
         layout("*.q_b_proj.weight", per_head),
         layout("*.q_proj.weight", per_head),
         layout("*.kv_a_proj_with_mqa.weight", down),
-        configured(rope_interleave=not s.config.rope_interleave),
+        configured(rope_interleave=False),
     )(s)
 
 

@@ -23,6 +23,7 @@ from refimpl.programs import IDX, Outputs, Setting
 
 AnyDefinition = Definition | Bits
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
+LARGEST_STEP = 0.5  # rounding of an attention score, beyond which first-order bounds of its exponential fail
 NETWORKS = ("model",)  # judged by the noise floor: bounds of whole networks say nothing
 
 
@@ -230,6 +231,11 @@ def _order(name: str) -> int:
     return 0 if any(part in name for part in before) else 2 if not name.endswith(IDX) else 1
 
 
+def _largest_score(expected: Mapping[str, Array]) -> float:
+    scores = [v for name, v in expected.items() if name.endswith(".scores") and "attn" in name]
+    return max((float(np.abs(v[np.isfinite(v)]).max(initial=0.0)) for v in scores), default=0.0)
+
+
 def _offered(
     d: Definition, case: Case, expected: Mapping[str, Array], extras: Mapping[str, Array]
 ) -> dict[str, str | None]:
@@ -240,7 +246,10 @@ def _offered(
     for name in d.claims:
         found[name] = None
         open_rows = sum(int((~decided(reference, t, CLAIMS[name])).sum()) for t in case.tensors if t.set)
-        if name == "fp16" and largest > LARGEST_FP16:
+        step = CLAIMS[name].storage * _largest_score(expected)
+        if step > LARGEST_STEP:
+            found[name] = f"storing an attention score rounds it by up to {step:.2g}, which no bound follows"
+        elif name == "fp16" and largest > LARGEST_FP16:
             found[name] = f"values up to {largest:.2g} come close to the largest number of fp16"
         elif open_rows and (d.backward or d.component in NETWORKS):
             found[name] = f"{open_rows} routing decisions are within its errors; the forced twin has no such"

@@ -76,7 +76,7 @@ def gate(case, tensors, broken):
 def port(folder, output, broken):
     case = json.loads((folder / "case.json").read_text())
     known = {"norm": norm, "gate": gate}
-    v3 = case["config"]["topk_method"] == "noaux_tc" and case["config"]["norm_topk_prob"]
+    v3 = case["config"].get("topk_method") == "noaux_tc" and case["config"]["norm_topk_prob"]
     if case["kind"] != "forward" or case["component"] not in known or not v3:
         return NOT_FOR_ME
     write(output, known[case["component"]](case, read(folder / "inputs.safetensors"), broken))

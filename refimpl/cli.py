@@ -18,12 +18,26 @@ from tqdm import tqdm
 
 from refimpl import __version__, cli_train
 from refimpl.cases import format
+from refimpl.cases.claims import claim
 from refimpl.cases.generate import definitions, generate
 from refimpl.cases.suites import SUITES
 from refimpl.cases.verify import verify
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Error, Invalid
-from refimpl.validate import report
+from refimpl.validate import (
+    details,
+    diagnosing,
+    diagnosis_report,
+    junit,
+    matrix,
+    matrix_report,
+    page,
+    portfile,
+    report,
+    summary,
+)
+from refimpl.validate.port import parse
+from refimpl.validate.validation import TIMEOUT, Wanted, terminating, usual_jobs, validate
 from refimpl.validate.verdict import check
 
 HOLDS, FAILS, UNTRIED, INTERRUPTED = 0, 1, 2, 130
@@ -78,8 +92,56 @@ def _parser() -> argparse.ArgumentParser:
         help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered; not for cases of bits",
     )
     checking.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
+    checking.add_argument(
+        "--diagnose", action="store_true", help="name the known mistake that makes these numbers, if one does"
+    )
     checking.set_defaults(run=_check)
+    _validating(commands.add_parser("validate", help="run and judge a whole implementation"))
+    _mutating(commands.add_parser("mutants", help="which known mistake is caught by which case"))
     return parser
+
+
+def _validating(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run a port on every case, in processes of its own, and judge what it wrote."
+    parser.add_argument(
+        "--port",
+        required=True,
+        metavar="COMMAND|MODULE",
+        help="run as COMMAND CASE_DIR OUTPUT.safetensors (exit 77: not for me), or a Python module or file "
+        "with run(case)",
+    )
+    parser.add_argument(
+        "--cases", type=Path, metavar="DIR", help=f"default: {COMMITTED}; what is not whole is completed"
+    )
+    parser.add_argument("--suite", action="append", default=[], metavar="S", help="only this one; repeatable")
+    parser.add_argument(
+        "--as",
+        dest="claim",
+        metavar="PRECISION",
+        help="fp32, tf32, fp16, bf16 or u=2^-11, for all cases of numbers; default: what port.toml says, "
+        "else the strictest that each case offers",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: port.toml beside the port")
+    parser.add_argument("--jobs", type=_jobs, metavar="N", help="cases at once; default: cores, at most 4")
+    parser.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="S", help="seconds for a case")
+    parser.add_argument(
+        "--diagnose", action="store_true", help="name the known mistakes that make what does not hold"
+    )
+    parser.add_argument("--json", metavar="FILE", help="everything, as JSON; - is standard output")
+    parser.add_argument("--junit", metavar="FILE", help="for CI systems, as JUnit XML; - is standard output")
+    parser.add_argument("--html", metavar="FILE", help="a page; - is standard output")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where outputs and what was printed stay")
+    parser.set_defaults(run=_validate)
+
+
+def _mutating(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--id", action="append", default=[], metavar="ID", help="only this one; repeatable")
+    parser.add_argument("--cases", type=Path, metavar="DIR", help=f"default: {COMMITTED}")
+    parser.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--json", metavar="FILE", help="everything, as JSON; - is standard output")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a matrix.json to be written, or renewed")
+    parser.set_defaults(run=_mutants)
 
 
 def _golden(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -147,13 +209,67 @@ def _list(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace) -> int:
     verdict = check(given.case, given.output, given.claim)
+    stages, found, extra = None, None, {}
+    if not verdict.holds:
+        stages = diagnosing.stages_of(given.case, given.output, verdict)
+        found = diagnosing.of_check(given.case, given.output, verdict) if given.diagnose else None
+    if stages is not None:
+        extra["stages"] = {"off": list(stages.off), "right": list(stages.right)}
+    if found is not None:
+        extra["diagnosis"] = diagnosis_report.to_dict(found)
     if given.json == "-":
-        print(report.to_json(verdict), end="")
+        print(report.to_json(verdict, extra), end="")
         return HOLDS if verdict.holds else FAILS
     if given.json:
-        write_bytes(given.json, report.to_json(verdict).encode())
+        write_bytes(given.json, report.to_json(verdict, extra).encode())
     print(report.text(verdict))
+    if stages is not None:
+        print(stages.text)
+    if found is not None:
+        print(f"\n{diagnosis_report.text(found)}")
     return HOLDS if verdict.holds else FAILS
+
+
+def _validate(given: argparse.Namespace) -> int:
+    port = parse(given.port)
+    if given.claim is not None:
+        claim(given.claim)
+    declared = portfile.read(given.config) if given.config else portfile.find(port.places)
+    folder = _folder(given.cases)
+    jobs = given.jobs or usual_jobs()
+    wanted = Wanted(folder, tuple(given.suite), given.claim, jobs, given.timeout, given.keep, given.diagnose)
+    forms = {given.json: details.text, given.junit: junit.text, given.html: page.text}
+    if (given.json, given.junit, given.html).count("-") > 1:
+        raise Invalid("only one of --json, --junit and --html can be standard output.")
+    for name in forms:
+        if name and name != "-" and not Path(name).parent.is_dir():
+            raise Invalid(f"{name} is to be written, but there is no folder {Path(name).parent}.")
+    with terminating(), _progress(len(format.cases(folder, given.suite)), "validating") as done:
+        found = validate(port, wanted, declared, done)
+    for name, form in forms.items():
+        if name and name != "-":
+            write_bytes(name, form(found).encode())
+    if "-" in forms:
+        print(forms["-"](found), end="")
+    else:
+        print(summary.text(found))
+    return UNTRIED if found.vacuous and not found.failing else HOLDS if found.holds else FAILS
+
+
+def _mutants(given: argparse.Namespace) -> int:
+    if given.out and given.suites:
+        raise Invalid(f"--out is {given.out} and suites are named, but a matrix.json must have all of them.")
+    paths = matrix.chosen(_folder(given.cases), given.suites)
+    with _progress(len(paths), "running mutants") as done:
+        factors = matrix.matrix(paths, matrix.known(given.id), given.jobs, done)
+    found, partial = matrix_report.outcomes(factors), bool(given.suites)
+    if given.out:
+        write_bytes(given.out, matrix_report.merged(given.out, factors).encode())
+    told = matrix_report.to_json(found, factors, partial)
+    if given.json and given.json != "-":
+        write_bytes(given.json, told.encode())
+    print(told.rstrip() if given.json == "-" else matrix_report.text(found, partial))
+    return FAILS if matrix_report.faults(found, partial) else HOLDS
 
 
 def _folder(given: Path | None) -> Path:
@@ -162,6 +278,16 @@ def _folder(given: Path | None) -> Path:
     if Path(COMMITTED).is_dir():
         return Path(COMMITTED)
     raise Invalid(f"there is no folder {COMMITTED} here; the folder of cases has to be named.")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _jobs(text: str) -> int:

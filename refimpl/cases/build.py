@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from refimpl import programs
-from refimpl.cases import bits, certificate, decisions, format, tolerances
+from refimpl.cases import bits, cap, certificate, decisions, format, tolerances
 from refimpl.cases.bits import Bits
 from refimpl.cases.claims import CLAIMS
 from refimpl.cases.definition import Definition, Given
@@ -24,12 +24,9 @@ from refimpl.programs import IDX, Outputs, Setting
 
 AnyDefinition = Definition | Bits
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
-NETWORKS = (
-    "model",
-    "mtp",
-    "step",
-    "chain",
-)  # judged by the noise floor: bounds of whole networks say nothing
+LARGEST_STEP = 0.5  # rounding of an attention score, beyond which first-order bounds of its exponential fail
+# judged by the noise floor: bounds of whole networks say nothing
+NETWORKS = ("model", "mtp", "step", "chain")
 
 
 _DERIVATIONS = {
@@ -70,18 +67,26 @@ def build(definition: AnyDefinition) -> Built:
     extras = {f"{kind}/{name}": array for name, own in judges.items() for kind, array in own.arrays.items()}
     case = replace(case, tensors=(*case.tensors, *outputs))
     offered = _offered(definition, case, expected, extras)
+    if judges:
+        settled = setting(definition, _decided(given, expected), Exact(), True)
+        claims = [CLAIMS[name] for name, why in offered.items() if why is None]
+        case = cap.capped(InMemory(case, expected, extras), settled, claims)
     return Built(certificate.certified(case, expected, extras, offered), given, expected, extras)
 
 
 def run(d: Definition, given: Mapping[str, Array], ar: Arithmetic, forced: bool) -> Outputs:
     """The program of a definition on its data; forced: the routing is that among the inputs."""
+    return programs.run(d.component, setting(d, given, ar, forced))
+
+
+def setting(d: Definition, given: Mapping[str, Array], ar: Arithmetic, forced: bool) -> Setting:
+    """A definition with its data, ready to run."""
     routing = {name.removesuffix(IDX): value for name, value in given.items() if name.endswith(IDX)}
     inputs = {name: given[name] for name in d.inputs if not (name.endswith(IDX) and d.component != "experts")}
     weights = {name: given[name] for name in d.weight_sources()}
-    setting = Setting(
+    return Setting(
         ar, d.config, d.choices, d.path, d.backward, d.arguments, inputs, weights, routing if forced else {}
     )
-    return programs.run(d.component, setting)
 
 
 def _with_routing(d: Definition) -> Definition:
@@ -162,9 +167,14 @@ def _check(d: Definition, expected: Mapping[str, Array]) -> None:
             raise Invalid(f"case {d.id}: tensor {name} is empty or has values that are not finite.")
 
 
+def _decided(given: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Array]:
+    """What is given, with the exact routing."""
+    return {**given, **{name: value for name, value in expected.items() if name.endswith(IDX)}}
+
+
 def _judges(d: Definition, given: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Judges]:
     """Of every tensor, with the routing forced to the exact one."""
-    forced = {**given, **{name: value for name, value in expected.items() if name.endswith(IDX)}}
+    forced = _decided(given, expected)
     return tolerances.judges(lambda ar: run(d, forced, ar, True), expected, d.component not in NETWORKS)
 
 
@@ -235,6 +245,11 @@ def _order(name: str) -> int:
     return 0 if any(part in name for part in before) else 2 if not name.endswith(IDX) else 1
 
 
+def _largest_score(expected: Mapping[str, Array]) -> float:
+    scores = [v for name, v in expected.items() if name.endswith(".scores") and "attn" in name]
+    return max((float(np.abs(v[np.isfinite(v)]).max(initial=0.0)) for v in scores), default=0.0)
+
+
 def _offered(
     d: Definition, case: Case, expected: Mapping[str, Array], extras: Mapping[str, Array]
 ) -> dict[str, str | None]:
@@ -245,7 +260,10 @@ def _offered(
     for name in d.claims:
         found[name] = None
         open_rows = sum(int((~decided(reference, t, CLAIMS[name])).sum()) for t in case.tensors if t.set)
-        if name == "fp16" and largest > LARGEST_FP16:
+        step = CLAIMS[name].storage * _largest_score(expected)
+        if step > LARGEST_STEP:
+            found[name] = f"storing an attention score rounds it by up to {step:.2g}, which no bound follows"
+        elif name == "fp16" and largest > LARGEST_FP16:
             found[name] = f"values up to {largest:.2g} come close to the largest number of fp16"
         elif open_rows and (d.backward or d.component in NETWORKS):
             found[name] = f"{open_rows} routing decisions are within its errors; the forced twin has no such"

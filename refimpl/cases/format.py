@@ -40,6 +40,7 @@ FORMAT: Final = 1
 LIMIT: Final = 4 << 20  # bytes of a case.json
 CASE, INPUTS, EXPECTED = "case.json", "inputs.safetensors", "expected.safetensors"
 INPUT, WEIGHT, REQUIRED, PROBE = "input", "weight", "required", "probe"
+UNCAPPED: Final = (1.0, 1.0, 1.0)  # of element, spread and bias
 NAN_TYPES: Final = ("F32", "BF16", "F16")  # of which a case may allow any NaN
 _KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
 
@@ -65,6 +66,7 @@ class Tensor:
     bias: tuple[float, float, float] | None = None
     unjudged: tuple[str, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
+    cap: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     margins: tuple[float, float] | None = None
     any_nan: int | None = None
     instead_of: str | None = None
@@ -246,6 +248,7 @@ def _tensor_json(t: Tensor) -> dict[str, Any]:
 
 def _tensor(given: Mapping[str, Any]) -> Tensor:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    values["cap"] = {claim: tuple(factors) for claim, factors in given.get("cap", {}).items()}
     return Tensor(**values)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl.cases.claims import PARTS, Claim
 from refimpl.cases.folder import sample_positions
-from refimpl.cases.format import Case, Tensor
+from refimpl.cases.format import UNCAPPED, Case, Tensor
 from refimpl.cases.judge import BIAS, Distance, Tolerance, measure, spread_factor
 from refimpl.numerics.arithmetic import Array
 
@@ -88,17 +88,19 @@ def tolerance(
     count = ours.size
     if reference.case.tolerance is None or reference.case.tolerance["derivation"] == "exact":
         return None
-    element = np.full(count, 8.0 * 2.0 ** (claim.lowest - claim.bits))  # underflow of the storage format
+    underflow = 2.0 ** (claim.lowest - claim.bits)  # one rounding below the smallest normal value
+    element = np.full(count, 8.0 * underflow)
     for u, part in zip(claim.roundoffs, PARTS, strict=True):
         own = reference.extra(t, f"bound.{part}")
         if own is not None:
             element = element + u * _of_elements(own, t, index)
-    spread = combined(t.spread, claim) if t.spread else 0.0
+    spread = float(np.hypot(combined(t.spread, claim) if t.spread else 0.0, underflow))
     bias = combined(t.bias, claim) if t.bias else 0.0
     size = float(np.linalg.norm(ours[np.isfinite(ours)]))
     independent = spread / size if size else 0.0  # what errors of that spread give when they are independent
     allowed = BIAS * max(bias, independent) + 4.0 * claim.accumulate  # and constants that are rounded once
-    return Tolerance(element, spread_factor(count) * spread, allowed)
+    cap = t.cap.get(claim.name, UNCAPPED)
+    return Tolerance(cap[0] * element, cap[1] * spread_factor(count) * spread, cap[2] * allowed)
 
 
 def _of_elements(part: Array, t: Tensor, index: Array | None) -> Array:
@@ -149,11 +151,10 @@ def judge(
     allowed = tolerance(reference, t, claim, every, index)
     if allowed is not None:
         allowed = Tolerance(allowed.element[keep], allowed.spread, allowed.bias)
-    else:
-        ours = _stored(ours, claim)
     best: Judged | None = None
     for layout, array in _layouts(t, theirs):
-        distance = measure(ours, array.reshape(-1)[positions], allowed, claim)
+        own = array.reshape(-1)[positions]
+        distance = measure(ours if allowed else _demanded(ours, own, claim), own, allowed, claim)
         found = Judged(distance, int(positions[distance.at]), layout, undecided)
         if distance.holds:
             return found
@@ -162,6 +163,11 @@ def judge(
         )
     assert best is not None
     return best
+
+
+def _demanded(ours: Array, theirs: Array, claim: Claim) -> Array:
+    """Exact values: stored in the claim's format, or in one that loses nothing."""
+    return np.where(theirs == ours, ours, _stored(ours, claim))
 
 
 def _stored(ours: Array, claim: Claim) -> Array:

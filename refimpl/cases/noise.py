@@ -75,6 +75,7 @@ class Noisy(Exact):
         total = sum_(x, axis)
         if self.kind != "accumulate":
             return total
+        total = total + self._drift(x, axis, total)
         return total + self._spread(x.shape[axis], sum_(x * x, axis), total)
 
     def mean(self, x: Array, axis: int = -1) -> Array:
@@ -103,6 +104,14 @@ class Noisy(Exact):
         disturbed: Array = self._step(value) + value * (1.0 - value) * self._argument(x, x)
         return disturbed
 
+    def dsoftmax(self, p: Array, dp: Array) -> Array:
+        """<dp, p> is also formed as <do, o>, whose roundings do not cancel against those of dp."""
+        terms = dp * p
+        if self.kind != "accumulate":
+            terms = terms + UNIT * terms * self._draw(terms.shape)
+        dx: Array = p * (dp - self.sum(terms)[..., None])
+        return dx
+
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         hot = self.array(np.arange(n)[:, None] == ids)  # (n, T)
         return self._product(hot, x.T)
@@ -123,6 +132,18 @@ class Noisy(Exact):
         if self.kind != "accumulate":
             return x
         return x + UNIT * np.where(np.isfinite(x), x, 0.0) * self._draw(np.shape(x))
+
+    def _drift(self, x: Array, axis: int, total: Array) -> Array:
+        """What sums of squares of few bits lose when they are added one by one, in every row alike.
+
+        A square is 0 or 1 modulo 4.  Where the last bit of a partial sum stands for 4 units of the terms,
+        half of the terms lose one unit: an eighth of an ulp on average, at most a quarter of the roundoff
+        of the partial sum, which is n / 8 roundoffs of the total.
+        """
+        bits = np.ascontiguousarray(x, np.float64).view(np.uint64)
+        if (bits & np.uint64((1 << 37) - 1)).any() or x.min() < 0.0:
+            return np.zeros_like(total)
+        return np.asarray(UNIT * (x.shape[axis] / 8.0) * total * self._draw((1,))[0])
 
     def _argument(self, x: Array, scale: Array) -> Array:
         """The rounding of an elementary function's argument, which the function magnifies."""

@@ -88,7 +88,11 @@ def _measured(
             if kind == "storage":  # every output is stored once more, also where no layer says so
                 squares = squares + finite * finite / 3.0
             spread[name].append(_spread(name, squares))
-            bias[name].append(few * float(np.sqrt(common[name] / RUNS[kind])) / power if power else 0.0)
+            # a run gives one number, however large the tensor is
+            factor = (1.0 + 4.0 / np.sqrt(RUNS[kind])) * float(np.sqrt(common[name] / RUNS[kind]))
+            bias[name].append(factor / power if power else 0.0)
+            if kind == "product" and squares.any():  # few runs: a row is not less than read once itself
+                squares = np.maximum(squares, finite * finite / 3.0)
             rows[name][kind] = _rows(squares)
     for name, own in made.items():
         own.spread = (up(spread[name][0]), up(spread[name][1]), up(spread[name][2]))

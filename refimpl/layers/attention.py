@@ -26,6 +26,7 @@ def forward(
 ) -> tuple[Array, Saved]:
     """query, key (B, H, S, W), value (B, H, S, Wv), allowed (B or 1, 1, S, S)  ->  (B, H, S, Wv)."""
     ar = c.ar
+    query = ar.at("attention.query", query)  # some scale it here, and store it
     scores = ar.at("attention.scores", ar.matmul(query, key) * scale)  # (B, H, S, S)
     scores = np.where(allowed, scores, -np.inf)
     probs = ar.at("attention.probs", ar.softmax(scores))  # (B, H, S, S)  masked keys give exactly 0

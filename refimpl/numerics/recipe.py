@@ -25,6 +25,7 @@ SITES = {
     "*.dx": "the outgoing gradient of a linear",
     "rope.table": "cos and sin",
     "rope.out": "rotated query and key parts",
+    "attention.query": "the query, which some scale and store before the product",
     "attention.scores": "scaled query-key products",
     "attention.probs": "softmax of the scores",
     "attention.out": "heads' outputs",

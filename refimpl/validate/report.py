@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -61,10 +62,15 @@ def text(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def to_json(verdict: Verdict) -> str:
-    """Everything in the verdict; numbers that JSON has not are text."""
+def to_json(verdict: Verdict, more: Mapping[str, Any] | None = None) -> str:
+    """Everything in the verdict, and more if there is more; numbers that JSON has not are text."""
+    return pretty(as_dict(verdict) | dict(more or {})) + "\n"
+
+
+def as_dict(verdict: Verdict) -> dict[str, Any]:
+    """The same as plain dictionaries, lists, texts and numbers."""
     first = verdict.first_off
-    value: dict[str, Any] = {
+    return {
         "case": verdict.case,
         "claim": verdict.claim,
         "holds": verdict.holds,
@@ -74,7 +80,6 @@ def to_json(verdict: Verdict) -> str:
         "arithmetic": None if verdict.arithmetic is None else list(verdict.arithmetic),
         "notes": list(verdict.notes),
     }
-    return pretty(value) + "\n"
 
 
 def _row(t: TensorVerdict) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ are there.  The tensors are in the order of computation, so the first that is of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,8 @@ def _tensor(reference: Reference, t: Tensor, theirs: Output, claimed: Claim) -> 
         return _integers(reference, t, value)
     broken = _broken(reference, t, value)
     if broken is not None:
-        return broken
+        distance = judge(reference, t, value, theirs.sets, claimed).distance
+        return replace(broken, distance=None if distance is None or distance.holds else distance)
     if claimed.name in t.unjudged:
         return TensorVerdict(t.name, t.role, OPEN, f"{claimed.name} could not tell it from a wrong one")
     found = judge(reference, t, value, theirs.sets, claimed)

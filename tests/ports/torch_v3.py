@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # its customary name
@@ -35,8 +36,6 @@ class Model:
         self.trace[name] = x
         return x
 
-    # linears and norms
-
     def linear(self, name: str, x: Tensor) -> Tensor:
         return self.keep(name, F.linear(x, self.weights[f"{name}.weight"]))
 
@@ -45,8 +44,6 @@ class Model:
         variance = hidden.pow(2).mean(-1, keepdim=True)
         hidden = hidden * torch.rsqrt(variance + eps)
         return self.keep(name, self.weights[f"{name}.weight"] * hidden.to(x.dtype))
-
-    # rotary embedding
 
     @property
     def yarn(self) -> dict | None:
@@ -116,8 +113,6 @@ class Model:
             turned = torch.cat((-second, first), -1)
         return (x * cos + turned * sin).to(x.dtype)
 
-    # attention
-
     def attention(self, path: str, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """(B, H, S, width) each; visible (B, S, S)."""
         scores = torch.matmul(query, key.transpose(2, 3)) * self.softmax_scale()
@@ -153,8 +148,6 @@ class Model:
         out = self.attention(path, query, key, value, batch.visible)
         out = self.keep(f"{path}.heads", out.transpose(1, 2).reshape(size * length, heads * wide))
         return self.keep(path, self.linear(f"{path}.o_proj", out))
-
-    # feed forward
 
     def mlp(self, path: str, x: Tensor) -> Tensor:
         gate = self.linear(f"{path}.gate_proj", x)
@@ -213,8 +206,6 @@ class Model:
             y = y + self.mlp(f"{path}.shared_experts", x)
         return self.keep(path, y)
 
-    # layers and model
-
     def is_moe(self, layer: int) -> bool:
         c = self.config
         return layer >= c["first_k_dense_replace"] and layer % c.get("moe_layer_freq", 1) == 0
@@ -234,8 +225,8 @@ class Model:
     def head(self, x: Tensor) -> Tensor:
         if self.config.get("tie_word_embeddings"):
             self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
-        x = self.norm("model.norm", x, self.config["rms_norm_eps"])
-        return self.keep("logits", self.linear("lm_head", x))
+        normed = self.norm("model.norm", x, self.config["rms_norm_eps"])
+        return self.keep("logits", self.linear("lm_head", normed))
 
     def loss(self, logits: Tensor, targets: Tensor, positions: int) -> Tensor:
         """logits (T, V), targets (T,); positions: how many exist."""
@@ -285,10 +276,8 @@ def targets_of(given: dict[str, Tensor], batch: Batch) -> Tensor | None:
     return None if targets is None else targets.masked_fill(batch.segments < 0, -100)
 
 
-# Cases: a component on its inputs, to the name of what its cotangent belongs to.
-
-
 def run_component(model: Model, case: dict, given: dict[str, Tensor]) -> str:
+    """A component on its inputs; returns the name of the tensor that its cotangent belongs to."""
     component, path = case["component"], case.get("path", "")
     x = given.get("x")
     tokens = None if x is None else x.reshape(-1, x.shape[-1])
@@ -343,7 +332,7 @@ def backward(model: Model, case: dict, given: dict[str, Tensor], result: str) ->
             y.backward(value.reshape(y.shape).to(y.dtype), retain_graph=True)
     if "loss" in model.trace:
         model.trace["loss"].backward()
-    leaves = {**model.weights, **given, **{n: t for n, t in model.trace.items() if n == "logits"}}
+    leaves = {"logits": model.trace.get("logits"), **model.weights, **given}
     for name in [t["name"] for t in case["tensors"] if t["name"].startswith("grad.")]:
         leaf = leaves[name.removeprefix("grad.")]
         model.trace[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -369,9 +358,9 @@ def read(folder: Path, case: dict, dtype: torch.dtype) -> tuple[dict[str, Tensor
     return weights, inputs
 
 
-def run(folder: str | Path, dtype: str = "float32") -> dict[str, Tensor] | None:
-    """The outputs of a case by name, or None when it is not for this port."""
-    folder = Path(folder)
+def run(case: Any, dtype: str = "float32") -> dict[str, Tensor] | None:
+    """The outputs of a case (its folder, or what has one) by name; None when it is not for this port."""
+    folder = Path(getattr(case, "folder", case))
     case = json.loads((folder / "case.json").read_text())
     if case["kind"] not in ("forward", "vjp"):
         return None
@@ -381,7 +370,7 @@ def run(folder: str | Path, dtype: str = "float32") -> dict[str, Tensor] | None:
     with torch.set_grad_enabled(case["backward"]):
         result = run_component(model, case, given)
     if case["backward"]:
-        if model.trace.get("logits") is not None:
+        if "logits" in model.trace:
             model.trace["logits"].retain_grad()
         backward(model, case, given, result)
     asked = {t["name"]: t["shape"] for t in case["tensors"] if t["role"] in ("required", "probe")}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refimpl.cases.definition import Definition, Draw, Given, Source
+from refimpl.cases.definition import Definition, Draw, Given, Source, shaped
 from refimpl.cases.suites import flags
 from refimpl.cases.suites.common import LAYER, V3, pair
 from refimpl.numerics.arithmetic import Array
@@ -48,5 +48,37 @@ CASES: tuple[Definition, ...] = (
         2.0,
         _PACKED,
         ("MASK-1", "MASK-3", "MASK-4"),
+    ),
+    Definition(
+        "attention/flat",
+        "640 keys that count almost the same: a short sum would stop growing",
+        ("MASK-3", "MLA-6", "MLA-7", "MLA-8"),
+        "attention",
+        shaped(V3, num_attention_heads=1),
+        {
+            "query": Draw((1, 1, 640, 192), 2.0**-12),
+            "key": Draw((1, 1, 640, 192)),
+            "value": Draw((1, 1, 640, 128)),
+            "segment_ids": Given(np.zeros((1, 640), np.int64), "I64"),
+        },
+        path=f"{LAYER}.self_attn",
+        required=("*.heads",),
+        flags=(flags.SOFTMAX_LOW_PRECISION,),
+    ),
+    Definition(
+        "attention/large",
+        "Products of queries and keys up to 200000, beyond float16 before they are scaled",
+        ("MASK-3", "MLA-6", "MLA-7", "MLA-8"),
+        "attention",
+        V3,
+        {
+            "query": Draw((1, 2, 32, 192), 64.0 * 2.0**-7),
+            "key": Draw((1, 2, 32, 192), 64.0 * 2.0**-7),
+            "value": Draw((1, 2, 32, 128)),
+            "segment_ids": Given(_ONE, "I64"),
+        },
+        path=f"{LAYER}.self_attn",
+        required=("*.heads",),
+        flags=(flags.PRODUCTS_OVERFLOW,),
     ),
 )

@@ -78,6 +78,24 @@ KV_B_SPLIT = Flag(
     "kv_b_proj is split into all keys and all values instead of per head.",
     "Keys and values are mixed up for more than one head.",
 )
+SOFTMAX_LOW_PRECISION = Flag(
+    "softmax-low-precision",
+    "precision",
+    "The softmax is computed in bfloat16, its sum included.",
+    "The sum of many equal terms stops growing at 256.",
+)
+PRODUCTS_OVERFLOW = Flag(
+    "products-overflow",
+    "overflow",
+    "Queries times keys are float16 before they are scaled.",
+    "Beyond 65504 they are infinite, and the output is NaN.",
+)
+LAYER_KINDS = Flag(
+    "layer-kinds",
+    "index",
+    "The first layer with experts is another one, or moe_layer_freq is not used, or counted from there.",
+    "Layers have another kind, so weights are missing.",
+)
 MASK_SEGMENTS = Flag(
     "mask-segments",
     "omission",

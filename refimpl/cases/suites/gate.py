@@ -16,6 +16,7 @@ from refimpl.cases.suites.common import LAYER, V3, pair
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import preset
 from refimpl.numerics import generator
+from refimpl.numerics.arithmetic import Array
 
 _V3 = ("ROUTE-1", "ROUTE-2", "ROUTE-3", "ROUTE-4", "ROUTE-5", "ROUTE-6", "ROUTE-7")
 _BIAS = "e_score_correction_bias"
@@ -55,6 +56,12 @@ def _paired() -> Given:
     """Router weights of which every second row is there twice: some tokens have a tie at the cut."""
     rows = generator.tensor(SEED, "gate/ties rows", (171, 64), 2.0**-9)
     return Given(np.repeat(rows, np.arange(171) % 2 + 1, axis=0)[:256])
+
+
+def _rising() -> Array:
+    """(15, 64) positive rows of rising size, from 0.5 to 7.5: a bf16 logit near -60 is off by an eighth."""
+    steps = generator.integers(SEED, "gate/far-below rows", (15, 64), 0, 8)
+    return np.asarray((8 * np.arange(1, 16)[:, None] + steps) * 2.0**-4)
 
 
 _V3_FLAGS = (
@@ -99,6 +106,21 @@ CASES: tuple[Definition, ...] = (
         x=Integers((48, 128), 64, 192, 2.0**-7),
         weights={"weight": Integers((256, 128), -192, -64, 2.0**-10)},
         flags=(flags.NORM_FLOOR,),
+    ),
+    *_gate(
+        "far-below",
+        "Logits from -4 to -60: sums of chosen scores above and far below every epsilon",
+        shaped(V3, hidden_size=64),
+        tokens=15,
+        x=Given(_rising()),
+        weights={"weight": Integers((256, 64), -192, -64, 2.0**-10)},
+        flags=(flags.NORM_FLOOR,),
+    ),
+    *_gate(
+        "few",
+        "64 experts in 8 groups, the best 6 of the best 4 groups",
+        shaped(_D512, n_routed_experts=64, num_experts_per_tok=6),
+        flags=_V3_FLAGS,
     ),
     *_gate(
         "ties",

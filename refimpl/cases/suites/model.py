@@ -69,6 +69,17 @@ CASES: tuple[Definition, ...] = (
     *(d for d in _model("tiny-v3-noq", "A small V3 without the query latent") if d.forced or not d.backward),
     *(d for d in _model("tiny-v2", "A small V2") if d.forced or not d.backward),
     Definition(
+        "model/layers",
+        "Experts in layer 4 only: first_k_dense_replace is 3 and moe_layer_freq 2",
+        (*_CLAUSES, "CONF-4"),
+        "model",
+        shaped(preset("tiny-v3"), num_hidden_layers=5, first_k_dense_replace=3, moe_layer_freq=2),
+        _tokens(),
+        forced=True,
+        required=("*.topk_idx",),
+        flags=(flags.LAYER_KINDS,),
+    ),
+    Definition(
         "model/packed",
         "A small V3 on packed documents and padding",
         (*_CLAUSES, "MASK-1", "MASK-2", "MASK-3", "MASK-4"),

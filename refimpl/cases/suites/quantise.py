@@ -61,6 +61,28 @@ def _activations(name: str) -> Bits:
     )
 
 
+def above_powers() -> Array:
+    """(60, 128) codes of float32: maxima 448 times powers of two, and up to five units of float32 off."""
+    x = generator.tensor(SEED, "bits quantise powers", (60, 128), 2.0**-8).astype(np.float32)
+    exponent = np.repeat(np.arange(-10, 10), 3).astype(np.int32)
+    top = np.ldexp(np.float32(448.0), exponent).astype(np.float32).view(np.uint32)
+    x = np.ldexp(x, exponent[:, None]).astype(np.float32)
+    x[:, 9] = (top + np.tile(np.array([-1, 1, 4], np.int64), 20).astype(np.uint32)).view(np.float32)
+    return x.view(np.uint32)
+
+
+def _above_powers(name: str) -> Bits:
+    return Bits(
+        f"quantise/near-powers-{name.replace('_', '-')}",
+        f"Maxima a few units of float32 beside powers of two, as {QUANTISERS[name].source}",
+        ("SCALE-3", "SCALE-4", "SCALE-6"),
+        "quantise",
+        {"x": Codes(above_powers(), "F32")},
+        {"recipe": name, "tile": list(ACTIVATION)},
+        flags=_POWER,
+    )
+
+
 def _weights(name: str) -> Bits:
     inputs: dict[str, Source] = {
         "x_576": Drawn((576, 7168), "BF16", 2.0**-12),
@@ -102,6 +124,7 @@ def _scales(shape: tuple[int, ...]) -> Whole:
 CASES: tuple[Bits, ...] = (
     *(_activations(name) for name, row in QUANTISERS.items() if row.tile == ACTIVATION),
     *(_weights(name) for name, row in QUANTISERS.items() if row.tile == BLOCK),
+    *(_above_powers(name) for name, row in QUANTISERS.items() if row.tile == ACTIVATION and row.power),
     Bits(
         "quantise/dequantise-weights",
         "A weight of 576 rows, which no block divides, from codes and scales",

@@ -12,6 +12,7 @@ POSITIONS = Given((0, 1, 2, 17, 255, 300, 4000, 15962, 40001, 131071), "I64")
 _PATH = f"{LAYER}.self_attn"
 _PLAIN = shaped(V3, rope_scaling=None)
 _YARN_FIELDS = V3.to_dict()["rope_scaling"]
+_LONG = shaped(V3, rope_scaling=_YARN_FIELDS | {"original_max_position_embeddings": 40000})
 _UNEQUAL = shaped(V3, rope_scaling=_YARN_FIELDS | {"mscale_all_dim": 0.707})
 _ABSENT = {name: value for name, value in _YARN_FIELDS.items() if not name.startswith("mscale")}
 _ALL = ("*.inv_freq", "*.cos", "*.sin", "*.softmax_scale")
@@ -69,6 +70,13 @@ CASES: tuple[Definition, ...] = (
         "YaRN without mscale and mscale_all_dim, as transformers understands it",
         shaped(V3, rope_scaling=_ABSENT),
         _YARN,
+    ),
+    _tables(
+        "tables-yarn-long",
+        "An original context of 40000, which 16 bits do not hold",
+        _LONG,
+        _YARN,
+        flags=(flags.POSITION_NARROWED, flags.YARN_RANGE),
     ),
     *pair(
         "rope/yarn",

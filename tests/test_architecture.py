@@ -28,7 +28,6 @@ ORDER = (
     "errors",
 )
 MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
-COMMANDS = ("cli", "cli_train")  # those of the layer `cli`
 PROGRAMS = ("programs", "setting", "training_programs")  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
@@ -107,8 +106,6 @@ def layer(module: str) -> str | None:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in ROOTS:
         return None
-    if parts[1] in COMMANDS:
-        return "cli"
     if parts[1] in PROGRAMS:
         return "programs"
     return "model" if parts[1] in MODEL else parts[1]

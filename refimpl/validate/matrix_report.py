@@ -111,8 +111,8 @@ def to_json(found: Sequence[Outcome], factors: Factors, partial: bool = False) -
 
 
 def merged(path: Path, factors: Factors) -> str:
-    """matrix.json with these rows: a line for each mutant.  What else is in the file is kept, and rows of other
-    mutants that there still are.
+    """matrix.json with these rows: a line for each mutant.  What else is in the file is kept, and rows of
+    other mutants that there still are.
 
     Raises Unreadable for a file that is there and is no JSON object.
     """

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from refimpl.cli.common import Commands
 from refimpl.config.choices import PROFILES, Choices
 from refimpl.config.jsonfile import read_object
 from refimpl.config.model import ModelConfig
@@ -26,7 +27,7 @@ OUT: Final = "build/train"
 CURVE: Final = "curve.csv"
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """The command `train`."""
     parser = commands.add_parser("train", help="train a small DeepSeek-V3 on a text file")
     parser.add_argument("text", metavar="TEXT", type=Path, help="any file; every byte is a token")

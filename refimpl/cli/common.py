@@ -1,0 +1,60 @@
+"""What the commands share: exit statuses, arguments, progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tqdm import tqdm
+
+from refimpl.errors import Invalid
+
+HOLDS, FAILS, UNTRIED, INTERRUPTED = 0, 1, 2, 130
+COMMITTED: Final = "golden"  # where a clone has its vectors
+GENERATED: Final = "build/golden"
+
+Commands = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if Path(COMMITTED).is_dir():
+        return Path(COMMITTED)
+    raise Invalid(f"there is no folder {COMMITTED} here; the folder of cases has to be named.")
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def jobs(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if not 1 <= count <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes from 1 on")
+    return count
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, after two seconds and only where it is a terminal."""
+    with tqdm(total=total, desc=what, delay=2, disable=None, file=sys.stderr, leave=False) as bar:
+        start = time.monotonic()
+
+        def done(id: str) -> None:
+            if time.monotonic() - start > 2:
+                bar.set_postfix_str(id, refresh=False)
+            bar.update()
+
+        yield done

@@ -1,4 +1,4 @@
-"""The parts of the loss, what divides them, and how they weigh.  SPEC LOSS-1, MTP-5, BALANCE-5.
+"""The parts of the loss, what divides them, and how they weigh.  SPEC LOSS-1, MTP-5, BALANCE-4.
 
 total = main + lambda / D * sum_k mtp_k + sum over kinds of alpha_kind * balance_kind
 Every part is a sum over tokens or sequences, divided by a count of the whole batch that is known before

@@ -56,7 +56,7 @@ def _fields(owner: type, absent: dict[str, str]) -> Iterator[tuple[str, ...]]:
 
 
 def _plain(value: Any) -> Any:
-    return [list(pair) for pair in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def config() -> str:

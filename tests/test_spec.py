@@ -215,13 +215,14 @@ class Sites(Floating):
 
 @cache
 def crossed() -> frozenset[str]:
-    """Every site of a model with a query latent, and of one without."""
+    """Every site of a training step, with a query latent and without, with MTP modules and without."""
     sites = Sites()
-    for changes in ({}, {"q_lora_rank": None}):
+    for changes in ({}, {"q_lora_rank": None}, {"num_nextn_predict_layers": 2}):
         config = support.config(**changes)
         ids = support.random_ids(config, (1, 4), 2)
-        model = refimpl.load((config, support.random_weights(config, 1)), sites)
-        model.backward(model.forward(ids, labels=ids))
+        training = refimpl.TrainingConfig(ema_decay=0.5, warmup_steps=0)
+        state = refimpl.training.start(config, support.random_weights(config, 1), training, precision=sites)
+        refimpl.training.step(state, [{"input_ids": ids, "labels": ids}])
     return frozenset(sites.seen)
 
 

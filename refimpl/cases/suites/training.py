@@ -12,7 +12,7 @@ from refimpl.cases.suites.warm import LEAST, SMALL, first, gains, gradients, lea
 
 _RATE = {"learning_rate": 0.01, "warmup_steps": 20}
 _UPDATE = ("OPTIM-1", "OPTIM-2", "OPTIM-3", "OPTIM-4")
-_STEP = ("STEP-2", "STEP-3", "STEP-4", *_UPDATE, "BIAS-3", "LOSS-1", "MTP-5", "BALANCE-5")
+_STEP = ("STEP-2", "STEP-3", "STEP-4", *_UPDATE, "BIAS-3", "LOSS-1", "MTP-5", "BALANCE-4")
 _SHAPES = {"a.weight": (12, 16), "b.weight": (16,)}
 _LAYERS = ("model.layers.0", "model.layers.1")  # the trunk's layer with experts, and that of the MTP module
 _LOADS = ([3, 10, 6, 5], [1, 13, 5, 5])  # of a mean of 6

@@ -1,4 +1,4 @@
-"""Mistakes of balance losses.  SPEC BALANCE-1 to BALANCE-5."""
+"""Mistakes of balance losses.  SPEC BALANCE-1 to BALANCE-4."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from refimpl.numerics.emulated import cut_to_tf32, to_bf16, to_fp16, to_tf32
 from refimpl.variants.variation import Change, both
-from refimpl.variants.zoo import attention, experts, gate, loss, mla, norm, rope
+from refimpl.variants.zoo import attention, experts, gate, loss, mla, norm, rope, training
 from refimpl.variants.zoo.arithmetics import (
     DEMO_BF16,
     EAGER_BF16,
@@ -280,4 +280,45 @@ _FORMS: tuple[Member, ...] = (
     ),
 )
 
-ZOO: Final[tuple[Member, ...]] = (*_ORDERS, *_FORMS, *_TF32_ROWS, *_BF16_ROWS)
+_OF_STEPS = ("adamw", "step", "chain")
+_TRAINING: tuple[Member, ...] = (
+    Member(
+        "fused AdamW",
+        "as torch's kernel: a factor of decay, moments as two products each, the step size times m",
+        _single(training.FUSED_ADAMW, "fused"),
+        components=_OF_STEPS,
+    ),
+    Member(
+        "corrected moments",
+        "m / (1 - beta1^n) and v / (1 - beta2^n) first, as the paper of Adam",
+        _single(training.CORRECTED_FIRST, "lanes"),
+        components=_OF_STEPS,
+    ),
+    Member(
+        "norm of norms",
+        "the norm of each gradient, then the norm of these",
+        _single(training.NORM_OF_NORMS, "tree"),
+        components=_OF_STEPS,
+    ),
+    Member(
+        "last tensor first",
+        "the global norm adds tensors from the last to the first",
+        _single(training.LAST_TENSOR_FIRST, "reversed"),
+        components=_OF_STEPS,
+    ),
+    Member(
+        "balance by tokens",
+        "the mean over tokens of sum g p, instead of sum g times the mean of p",
+        _single(training.BY_TOKEN, "lanes"),
+        components=("balance", "model", "step", "chain"),
+    ),
+    Member(
+        "positions of the hidden state",
+        "MTP modules use the other one of the two positions; attention knows differences only",
+        _single(training.POSITIONS_OF_HIDDEN, "chunks"),
+        components=("mtp", "model", "step", "chain"),
+        withholds=("*.q_pe", "*.k_pe"),
+    ),
+)
+
+ZOO: Final[tuple[Member, ...]] = (*_ORDERS, *_FORMS, *_TRAINING, *_TF32_ROWS, *_BF16_ROWS)

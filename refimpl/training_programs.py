@@ -177,7 +177,15 @@ def _updated(
     norm = s.rules.norm(s.ar, gradients.values())
     clip = s.rules.clip(s.ar, training, norm)
     rate = s.rules.rate(training, state.steps, state.tokens)
-    return stepping.updated(state, gradients, clip, rate, counts), norm.reshape(1)
+    after = stepping.updated(state, gradients, clip, rate, counts)
+    weights = {n: _decayed(s.ar, w) if n in after.first else w for n, w in after.weights.items()}
+    return replace(after, weights=weights), norm.reshape(1)
+
+
+def _decayed(ar: Arithmetic, weight: Array) -> Array:
+    """Times an exact 1 that has the error of a rounded constant: ports multiply by 1 - rate decay, and what
+    that lost is a common factor of all elements, which adds up from step to step."""
+    return weight * ar.exp(ar.array(np.zeros(1)))
 
 
 def _after(state: State) -> Outputs:

@@ -79,7 +79,14 @@ def _models() -> tuple[Definition, ...]:
         twin=free.id,
         omits=(*_MANY, "grad.*.self_attn.*", "grad.*_proj.*"),  # as in the free case
     )
-    return free, forced
+    forward = replace(
+        forced,
+        id="mtp/model-forced",
+        title="A small V3 with two modules and balance losses: logits and losses with the routing given",
+        backward=False,
+        omits=(*_DETAILS, "model.layers.?", "*.gate.scores"),
+    )
+    return free, forward, forced
 
 
 CASES: tuple[Definition, ...] = (

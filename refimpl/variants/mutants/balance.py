@@ -18,7 +18,7 @@ from refimpl.variants.mutants.mutant import Mutant
 from refimpl.variants.variation import Change, operations
 
 EPSILON: Final = 1e-20
-FINE: Final = ("fp32", "tf32")  # steps, and scores as small as the floor, are there in float32 only
+FINE: Final = ("fp32", "tf32")  # scores and balance losses are float32 in every port
 _KIND: Final = "sequence"  # the loss that these are mistakes of
 Shares = Callable[[Context, Array], tuple[Array, Callable[[Array], Array]]]
 # scores (M, N)  ->  p (M, N), and dp (M, N) -> dscores (M, N)
@@ -165,13 +165,13 @@ def _other_counts(s: Setting) -> Setting:
 
 
 MUTANTS: Final = (
-    Mutant("L01a", _with_shares(_plain)),
-    Mutant("L01b", _with_shares(_softmax)),
-    Mutant("L02", _given(_one_sequence)),
+    Mutant("L01a", _with_shares(_plain), FINE),
+    Mutant("L01b", _with_shares(_softmax), FINE),
+    Mutant("L02", _given(_one_sequence), FINE),
     Mutant("L03", _given(_by_size, losses=False), FINE),
     Mutant("L04", _ruled(divisors=_own_sequences), FINE),
     Mutant("L05", _ruled(at=_no_weight), FINE),
-    Mutant("L06", _other_counts),
-    Mutant("L12", _given(_with_padding)),
+    Mutant("L06", _other_counts, FINE),
+    Mutant("L12", _given(_with_padding), FINE),
     Mutant("L14", _with_shares(_floored), FINE),
 )

@@ -44,15 +44,15 @@ class State:
     training: TrainingConfig
     choices: Choices
     ar: Arithmetic
-    weights: Mapping[str, Array]  # parameters and selection biases by checkpoint name
-    first: Mapping[str, Array]  # moments of the parameters
-    second: Mapping[str, Array]
-    average: Mapping[str, Array] = field(default_factory=dict)  # of the parameters, when ema_decay is not 0
+    weights: Mapping[str, Array] = field(repr=False)  # parameters and selection biases by checkpoint name
+    first: Mapping[str, Array] = field(repr=False)  # moments of the parameters
+    second: Mapping[str, Array] = field(repr=False)
+    average: Mapping[str, Array] = field(default_factory=dict, repr=False)  # when ema_decay is not 0
     powers: Powers = field(default_factory=Powers)
     steps: int = 0
     tokens: int = 0
-    ops: Ops = DEEPSEEK_V3
-    rules: Rules = RULES
+    ops: Ops = field(default=DEEPSEEK_V3, repr=False)
+    rules: Rules = field(default=RULES, repr=False)
 
     @property
     def precision(self) -> str:

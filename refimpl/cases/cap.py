@@ -37,8 +37,8 @@ Three = tuple[float, float, float]
 TIMES: Final = 8.0
 # claim -> members: the longest chains of roundings, and the forms that store most often.
 CAP: Final[Mapping[str, tuple[str, ...]]] = {
-    "fp32": ("one by one", "reversed", "lanes", "constants in float32"),
-    "tf32": ("tf32", "tf32 cut", "tf32 one by one"),
+    "fp32": ("one by one", "reversed", "lanes", "constants in float32", "fused AdamW"),
+    "tf32": ("tf32", "tf32 cut", "tf32 one by one", "fused AdamW"),
     "fp16": ("fp16 eager", "fp16 fused", "fp16 operands"),
     "bf16": ("bf16 eager", "bf16 demo", "bf16 one by one", "bf16 scaled query"),
 }

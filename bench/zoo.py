@@ -1,6 +1,6 @@
 """The zoo against every case: each correct variant has to hold at every claim that it makes.
 
-    python bench/zoo.py [FOLDER] [--cases PATTERN] [--members PATTERN] [--out FILE]
+    python bench/zoo.py [FOLDER] [--cases PATTERN] [--members PATTERN] [--jobs N] [--out FILE]
 
 FOLDER has cases (golden by default).  Status 1 if a member does not hold.  The table has, for each member,
 how many cases it ran, at which claims, how many verdicts held, and the largest error over what is allowed,
@@ -10,7 +10,10 @@ in each of the three tests, with the case and tensor where it is.
 import argparse
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
@@ -44,31 +47,48 @@ def verdicts(reference: Remembered, outputs: dict[str, np.ndarray], claim: str):
                 yield t.name, found.distance.holds, worst_excess(found.distance)
 
 
-def run(folder: Path, cases: str, members: list[Member]) -> dict[str, dict]:
-    rows = {m.name: {"cases": 0, "verdicts": 0, "held": 0, "worst": 0.0, "where": ""} for m in members}
-    for path in format.cases(folder):
-        opened = Folder.open(path)
-        case = opened.case
-        if case.kind in ("bits", "reject") or not fnmatchcase(case.id, cases):
+def empty() -> dict:
+    return {"cases": 0, "verdicts": 0, "held": 0, "worst": 0.0, "where": ""}
+
+
+def run_case(path: Path, cases: str, names: list[str]) -> dict[str, dict]:
+    """The rows of one case: of each member that runs it and has one of its claims."""
+    opened = Folder.open(path)
+    case = opened.case
+    if case.kind in ("bits", "reject") or not fnmatchcase(case.id, cases):
+        return {}
+    reference, setting, rows = Remembered(opened), setting_of(opened, Exact()), {}
+    for member in (m for m in ZOO if m.name in names):
+        claims = [claim for claim in member.claims if claim in case.claims]
+        if not member.runs(case.component) or not claims:
             continue
-        reference, setting = Remembered(opened), setting_of(opened, Exact())
-        for member in members:
-            claims = [claim for claim in member.claims if claim in case.claims]
-            if not member.runs(case.component) or not claims:
-                continue
-            row = rows[member.name]
-            row["cases"] += 1
-            outputs = member.outputs(case.component, setting)
-            for claim in claims:
-                found = list(verdicts(reference, outputs, claim))
-                row["verdicts"] += 1
-                row["held"] += all(holds for _, holds, _ in found)
-                for name, holds, excess in found:
-                    if excess > row["worst"]:
-                        row["worst"], row["where"] = excess, f"{case.id} {name} {claim}"
-                    if not holds:
-                        print(f"{member.name}: {case.id} {claim} {name}: {excess:.3g}", file=sys.stderr)
+        row = rows[member.name] = empty() | {"cases": 1}
+        outputs = member.outputs(case.component, setting)
+        for claim in claims:
+            found = list(verdicts(reference, outputs, claim))
+            row["verdicts"] += 1
+            row["held"] += all(holds for _, holds, _ in found)
+            for name, holds, excess in found:
+                if excess > row["worst"]:
+                    row["worst"], row["where"] = excess, f"{case.id} {name} {claim}"
+                if not holds:
+                    print(f"{member.name}: {case.id} {claim} {name}: {excess:.3g}", file=sys.stderr)
     return rows
+
+
+def run(folder: Path, cases: str, members: list[Member], jobs: int) -> dict[str, dict]:
+    """The rows of all cases together, in the order of the cases, whatever process ran them."""
+    total = {m.name: empty() for m in members}
+    one = partial(run_case, cases=cases, names=[m.name for m in members])
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for rows in pool.map(one, format.cases(folder)):
+            for name, row in rows.items():
+                into = total[name]
+                for key in ("cases", "verdicts", "held"):
+                    into[key] += row[key]
+                if row["worst"] > into["worst"]:
+                    into["worst"], into["where"] = row["worst"], row["where"]
+    return total
 
 
 def main() -> int:
@@ -76,10 +96,11 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("golden"))
     parser.add_argument("--cases", default="*")
     parser.add_argument("--members", default="*")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     members = [m for m in ZOO if fnmatchcase(m.name, given.members)]
-    rows = run(given.folder, given.cases, members)
+    rows = run(given.folder, given.cases, members, given.jobs)
     table = [
         (m.name, rows[m.name]["cases"], ", ".join(m.claims),
          f"{rows[m.name]['held']} of {rows[m.name]['verdicts']}",

@@ -31,6 +31,8 @@ from refimpl.numerics.formats import BF16, round_to
 
 UNIT = 2.0**-24  # of the disturbance: small, so that the response is linear, and far above float64's own
 FREQUENCY = 4.0  # roundings of an angle, whose frequency is a power computed in float32
+SCALED = ("attention.query",)  # what some scale before a product, which then reads a value of many bits
+COMPUTED = 1.0 + 2.0**-50  # nothing beside UNIT, and no value has few bits after it
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
@@ -51,6 +53,8 @@ class Noisy(Exact):
     def at(self, site: str, x: Array) -> Array:
         if self.kind == "storage":
             return x + UNIT * np.where(np.isfinite(x), x, 0.0) * self._draw(x.shape)
+        if self.kind == "product" and site in SCALED:
+            return x * COMPUTED
         return self._step(x)
 
     def operand(self, site: str, x: Array) -> Operand:

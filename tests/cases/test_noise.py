@@ -27,6 +27,12 @@ def test_operands_that_bf16_holds_lose_nothing_when_they_are_read():
     assert _error(Noisy("product", 0), np.sqrt(np.abs(A))).all()
 
 
+def test_a_query_is_read_as_computed_because_some_scale_it_first():
+    noisy = Noisy("product", 0)
+    assert _error(noisy, noisy.at("attention.query", A)).all()
+    assert not _error(noisy, noisy.at("attention.key", A)).any()
+
+
 def test_a_stored_value_moves_by_at_most_the_unit_and_evenly():
     moved = (Noisy("storage", 0).at("s", A) - A) / (UNIT * np.where(A == 0, 1, A))
     assert np.abs(moved).max() <= 1.0 + 1e-7

@@ -10,39 +10,23 @@ from typing import Final
 import numpy as np
 
 from refimpl.config.model import ModelConfig
-from refimpl.layers import experts, linear, moe
+from refimpl.layers import experts, linear
 from refimpl.layers.context import Context, Op, Ops, tensor
 from refimpl.numerics.arithmetic import Array, Operand
 from refimpl.numerics.gradients import Gradients
 from refimpl.programs import Outputs, Setting
 from refimpl.variants.mutants.mutant import Mutant
+from refimpl.variants.stages import Step, behind, inside, named
 from refimpl.variants.variation import Change, finished, operations
 
 
 def _shared_times(factor: Callable[[ModelConfig], float]) -> Change:
     """y = routed + factor shared."""
-
-    def changed(ops: Ops) -> Op:
-        def forward(c: Context, x: Array) -> tuple[Array, moe.Saved]:
-            y, saved = ops.moe.forward(c, x)
-            if saved.shared is None:
-                return y, saved
-            shared, routed = saved.shared.out, saved.routed.out
-            y = routed + factor(c.config) * shared
-            return y, replace(saved, out=y)
-
-        def backward(c: Context, dy: Array, saved: moe.Saved, grads: Gradients) -> Array:
-            dy = c.joined(dy)
-            dx, dweight = c.ops.experts.backward(c.at("experts"), dy, saved.routed, grads)
-            if saved.shared is not None:
-                own = factor(c.config) * dy
-                dx = dx + c.ops.mlp.backward(c.at("shared_experts"), own, saved.shared, grads)
-            total: Array = dx + c.ops.gate.backward(c.at("gate"), dweight, saved.gating, grads)
-            return total
-
-        return Op(forward, backward)
-
-    return operations(moe=changed)
+    scaled = Step(
+        lambda c, y: (factor(c.config) * y, None),
+        lambda c, dy, kept: factor(c.config) * dy,
+    )
+    return inside("moe", **behind("mlp", scaled, named("shared_experts")))
 
 
 def _first_rank(c: Context, idx: Array) -> Array:

@@ -71,6 +71,12 @@ _TF32_ROWS: tuple[Member, ...] = (
         _TF32,
         withholds=("*.scores", "*.probs"),
     ),
+    Member(
+        "tf32 scaled query",
+        "the query is scaled before it is rounded to tf32",
+        both(emulated("chunks", to_tf32), attention.QUERY_SCALED),
+        _TF32,
+    ),
 )
 
 _BF16_ROWS: tuple[Member, ...] = (
@@ -187,6 +193,12 @@ _BF16_ROWS: tuple[Member, ...] = (
         "fp16 operands",
         "float32 everywhere, but products read fp16",
         emulated("chunks", to_fp16),
+        _FP16,
+    ),
+    Member(
+        "fp16 scaled query",
+        "the scaled query is stored",
+        both(half(to_fp16, EAGER_FP16), attention.QUERY_SCALED),
         _FP16,
     ),
 )

@@ -19,7 +19,8 @@ from refimpl.variants.zoo import ZOO
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 CASES = ["norm/epsilon-vjp", "attention/causal-vjp", "gate/tiny-scores-vjp", "gate/ties", "moe/experts-vjp",
-         "block/experts-vjp", "head/loss-vjp", "rope/halves-vjp"]  # fmt: skip
+         "block/experts-vjp", "head/loss-vjp", "rope/halves-vjp", "balance/sequences-vjp", "training/adamw",
+         "mtp/first"]  # fmt: skip
 FOLDERS = {case: Folder.open(GOLDEN / case) for case in CASES}
 
 

@@ -283,7 +283,12 @@ _FORMS: tuple[Member, ...] = (
     Member(
         "other sort", "ties go to the higher index, and ids come in ascending order", _single(gate.OTHER_SORT)
     ),
-    Member("centred bias", "the selection bias without its mean", _single(gate.CENTRED)),
+    Member(
+        "centred bias",
+        "the selection bias without its mean",
+        _single(gate.CENTRED),
+        withholds=("after.*e_score_correction_bias",),
+    ),
     Member("log-sum-exp", "the loss from the logarithm of the sum of exp", _single(loss.LOG_SUM_EXP)),
     Member(
         "vocabulary in chunks",

@@ -258,7 +258,7 @@ UNKNOWN = (
         (),
         (("logits.sigmoid()", "1 / (1 + torch.exp(-logits))"),),
         GATE,
-        BOTH,
+        FP32,
         ("grad.*",),
     ),
     Planted(  # right until all scores of a token are below 1e-20

@@ -129,7 +129,5 @@ class Bench:
 
 
 def candidates(mutants: Sequence[Mutant], claim: str) -> list[Candidate]:
-    """Those that are mistakes under a claim come first; benign ones are none."""
-    usable = [mutant for mutant in mutants if not mutant.benign]
-    ordered = sorted(usable, key=lambda mutant: claim not in mutant.claims)
-    return [Candidate((mutant,)) for mutant in ordered]
+    """Those that are mistakes under a claim: benign ones are none, nor is what its roundings exceed."""
+    return [Candidate((mutant,)) for mutant in mutants if not mutant.benign and claim in mutant.claims]

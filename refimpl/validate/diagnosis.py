@@ -197,7 +197,8 @@ class Search:
         """The one that explains most.  A passing case that would show it speaks against it: then it must
         explain twice as much as any other, and leave no doubt; it is in one place of the port and not in
         another."""
-        ranked = [c for c in self._ranked(remaining) if not self._refuted(c)]
+        refuted = [c for c in self.known.values() if self._refuted(c)]
+        ranked = [c for c in self._ranked(remaining) if c not in refuted and not self._coincides(c, refuted)]
         free = next((c for c in ranked if not self._against(c)), None)
         for candidate in ranked:
             if candidate is free:
@@ -215,6 +216,16 @@ class Search:
         rest = [(b, b.first(candidate)) for b in self.benches if b.id not in own and self._alone(b)]
         worse = [b for b, t in rest if t is not None and t.closeness.distance > b.right.distance + WORSE]
         return len(worse) > len(own)
+
+    def _coincides(self, candidate: Candidate, refuted: Sequence[Candidate]) -> bool:
+        """One that is refuted comes nearer in the very cases that it explains: they prove nothing."""
+        own = self.fits[candidate.ids]
+
+        def total(ids: tuple[str, ...]) -> float:
+            return math.fsum(self.fits[ids][case].closeness.distance for case in own)
+
+        wider = [c.ids for c in refuted if own.keys() <= self.fits[c.ids].keys()]
+        return any(total(ids) < total(candidate.ids) for ids in wider)
 
     def _alone(self, bench: Bench) -> bool:
         """Nothing explains this case."""

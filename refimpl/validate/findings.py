@@ -161,7 +161,9 @@ def _order(stage: Stage, config: ModelConfig) -> Iterator[str]:
         if _fits(stage, np.ascontiguousarray(made()).reshape(-1)):
             yield f"Its elements are {words}."
             return
-    same = np.abs(np.sort(ours, -1) - np.sort(_grid(stage, stage.theirs), -1)) / _grid(stage, stage.sigma)
+    theirs, scale = _grid(stage, stage.theirs), _grid(stage, stage.sigma)
+    with np.errstate(invalid="ignore"):  # masked scores are -inf
+        same = np.abs(np.sort(ours, -1) - np.sort(theirs, -1)) / scale
     if wide > 2 and np.mean(np.where(np.isnan(same), 0.0, same) <= ELEMENT) >= NEARLY:
         yield "Every row has the right values in another order."
 

@@ -237,7 +237,10 @@ ROUTING = (
         "G06",
         ("G06",),
         "gate.c",
-        ((_BEST, f'r.biased = r.biased && size_field(c->config, "hidden_size") == 7168;\n    {_BEST}'),),
+        (
+            ("choose(scores, bias.values, &r)", "choose(scores, width == 7168 ? bias.values : NULL, &r)"),
+            (_BEST, _BEST.replace("r.biased", 'r.biased && size_field(c->config, "hidden_size") == 7168')),
+        ),
         GATE,
     ),
     Planted("G07-softmax", ("G07",), "gate.c", ((_SOFTMAX, _SOFTMAX.replace(");", ") || 1;")),), GATE),

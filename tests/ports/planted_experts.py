@@ -205,6 +205,7 @@ INPUT = (
         ((_LAYER_KIND, 'return layer >= c["first_k_dense_replace"]'), _NOT_STRICT),
         ("model",),
     ),
+    Planted("shared-twice", ("X03",), ((_SHARED, f"{_SHARED} * 2"),), MOE),  # once for each of two ranks
 )
 
 UNKNOWN = (
@@ -252,7 +253,22 @@ UNKNOWN = (
         BOTH,
         _OUT_OF,
     ),
-    Planted("shared-twice", (), ((_SHARED, f"{_SHARED} * 2"),), MOE, BOTH, ("*.mlp",)),
+    Planted(  # right until exp overflows: then the gradient is inf / inf
+        "sigmoid-by-exp",
+        (),
+        (("logits.sigmoid()", "1 / (1 + torch.exp(-logits))"),),
+        GATE,
+        FP32,
+        ("grad.*",),
+    ),
+    Planted(  # right until all scores of a token are below 1e-20
+        "no-epsilon",
+        (),
+        ((_SUM, "weight = weight / weight.sum(-1, keepdim=True)"),),
+        GATE,
+        BOTH,
+        ("*.topk_weight",),
+    ),
     Planted(
         "router-without-gradient",
         (),

@@ -1,7 +1,7 @@
 """Rewrites of torch_v3.py that compute the same by other means: none may get a diagnosis."""
 
 from planted import ALL, Planted
-from planted_experts import _COMBINE, _DONE, _SUM
+from planted_experts import _COMBINE, _DONE
 
 _LOGITS = 'logits = F.linear(x.float(), self.weights[f"{path}.weight"].float())'
 _ROTATED = "return (x * cos + turned * sin).to(x.dtype)"
@@ -86,8 +86,7 @@ REWRITES = (
             "        scores = torch.matmul(scaled, key.float().transpose(2, 3)).to(query.dtype)",
         ),
     ),
-    _rewrite("sigmoid-by-exp", ("logits.sigmoid()", "1 / (1 + torch.exp(-logits))")),
-    _rewrite("no-epsilon", (_SUM, "weight = weight / weight.sum(-1, keepdim=True)")),
+    _rewrite("sigmoid-by-softplus", ("logits.sigmoid()", "torch.exp(-F.softplus(-logits))")),
     _rewrite(
         "loss-by-logsumexp",
         (

@@ -154,6 +154,34 @@ def test_a_benign_mistake_is_never_named(tmp_path: Path) -> None:
     assert diagnose([port("gate/v3", tmp_path, reading("G13").change)], FP32, (), harmless).findings == ()
 
 
+def test_a_mistake_that_the_roundings_of_the_claim_exceed_is_not_named(tmp_path: Path) -> None:
+    finer = tuple(replace(m, claims=("fp32", "tf32")) for m in MUTANTS.values() if m.entry == "G13")
+    assert diagnose([port("gate/v3", tmp_path, finer[0].change)], FP32, (), finer).findings
+    assert diagnose([port("gate/v3", tmp_path, finer[0].change, "bf16")], BF16, (), finer).findings == ()
+
+
+@pytest.mark.parametrize("elsewhere", [1.0, 1e4])
+def test_cases_in_which_a_refuted_mistake_comes_nearer_prove_nothing(
+    elsewhere: float, tmp_path: Path
+) -> None:
+    """Two have about the port's numbers in gate/v3; the nearer one is far off in other cases that fail."""
+
+    def coinciding(s):
+        factor = 1.001 if s.config.has_selection_bias else elsewhere
+        return configured(routed_scaling_factor=factor * s.config.routed_scaling_factor)(s)
+
+    def scaled(by):
+        return configured(routed_scaling_factor=lambda c: by * c.routed_scaling_factor)
+
+    def about(s):
+        return scaled(1.0010001)(s) if s.config.has_selection_bias else s
+
+    failing = [port("gate/v3", tmp_path, scaled(1.001))]
+    failing += [port(f"gate/{case}", tmp_path, scaled(1.00003)) for case in ("v2-groups", "v2-greedy")]
+    found = diagnose(failing, FP32, (), (Mutant("G13", coinciding), Mutant("G12", about)))
+    assert bool(found.findings) == (elsewhere == 1.0)
+
+
 def test_few_tensors_are_enough_and_others_are_not_asked_for(tmp_path: Path) -> None:
     probes = [t.name for t in port("gate/v3", tmp_path).folder.case.outputs if t.role == "probe"]
     evidence = port("gate/v3", tmp_path, reading("G13").change, without=probes)

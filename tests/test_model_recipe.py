@@ -5,8 +5,9 @@ from fnmatch import fnmatchcase
 import ml_dtypes
 import numpy as np
 import pytest
-from support import V2, bits, config, model, random_ids
+from support import V2, bits, config, model, random_ids, random_weights
 
+import refimpl
 from refimpl.numerics.arithmetic import Exact
 from refimpl.numerics.recipe import RECIPES, SITES, Recipe, Rounded, Rule
 
@@ -31,9 +32,10 @@ class Listening(Exact):
 
 def all_sites() -> set[str]:
     ar = Listening()
-    for cfg in (config(), config(q_lora_rank=None), config(**V2)):
-        one = model(cfg, precision=ar)
-        one.backward(one.forward(IDS, labels=IDS))
+    training = refimpl.TrainingConfig(ema_decay=0.5, warmup_steps=0)
+    for cfg in (config(num_nextn_predict_layers=2), config(q_lora_rank=None), config(**V2)):
+        state = refimpl.training.start(cfg, random_weights(cfg, 1), training, precision=ar)
+        refimpl.training.step(state, [{"input_ids": IDS, "labels": IDS}])
     return ar.sites
 
 

@@ -146,7 +146,7 @@ def test_bf16_output_holds_as_bf16_and_not_as_fp32(golden, tmp_path):
     assert not check(golden / "norm/hidden", tmp_path / "out.safetensors", "fp32").holds
     assert not check(golden / "norm/hidden", tmp_path / "out.safetensors").holds
     assert check(golden / "norm/hidden", tmp_path / "out.safetensors", "u=2^-8").holds
-    assert not check(golden / "norm/hidden", tmp_path / "out.safetensors", "u=2^-18").holds
+    assert not check(golden / "norm/hidden", tmp_path / "out.safetensors", "u=2^-22").holds
 
 
 def test_distances_are_those_of_the_worst_element(golden, tmp_path):

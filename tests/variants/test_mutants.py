@@ -50,7 +50,11 @@ BACKWARD = dict.fromkeys(("L15", "L16"), "a mistake of the backward pass alone")
 SELECTION = {"G02", "G04", "G05", "G06", "G07b", "G16", "G18"}  # no trace where the routing is given
 # Other constants, and X02c, which mixes up layers where a model has experts in every second one only.
 CONSTANTS = {"A04c", "R01b", "R06c", "X02c", "Y02a", "Y04", "Y08"}  # no backward case shows the effect
-ELSEWHERE = (*balance.MUTANTS, *mtp.MUTANTS, *training.MUTANTS)  # test_mutants_training.py has their derivatives
+ELSEWHERE = (
+    *balance.MUTANTS,
+    *mtp.MUTANTS,
+    *training.MUTANTS,
+)  # test_mutants_training.py has their derivatives
 HERE = [mutant for mutant in MUTANTS.values() if mutant not in ELSEWHERE]
 BY_ID = pytest.mark.parametrize("mutant", HERE, ids=lambda mutant: mutant.id)
 

@@ -73,6 +73,13 @@ def capped(reference: InMemory, setting: Setting, claims: Iterable[Claim]) -> Ca
 
 
 def _cap(reference: InMemory, t: Tensor, claim: Claim, runs: list[Outputs]) -> Three:
+    """Of the judged elements: all of them in a whole case, the samples in a committed one."""
+    views = [t] if t.samples is None else [t, replace(t, samples=None)]
+    found = [_cap_of(reference, view, claim, runs) for view in views]
+    return max(own[0] for own in found), max(own[1] for own in found), max(own[2] for own in found)
+
+
+def _cap_of(reference: InMemory, t: Tensor, claim: Claim, runs: list[Outputs]) -> Three:
     ours, index = reference.judged(t)
     allowed = tolerance(reference, t, claim, ours, index)
     if allowed is None or not runs:

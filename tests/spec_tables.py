@@ -20,7 +20,8 @@ from refimpl.config.training import TrainingConfig
 from refimpl.numerics.blockscale import ACTIVATION, QUANTISERS, Quantiser, quantise
 from refimpl.numerics.casts import CASTS
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.recipe import RECIPES, SITES
+from refimpl.numerics.recipes import RECIPES
+from refimpl.numerics.sites import SITES
 from refimpl.numerics.tensorcore import HMMA, QGMMA, Unit
 
 SPEC = Path(__file__).parent.parent / "SPEC.md"

@@ -36,7 +36,7 @@ def forward(
         ar.keep("attention.key", key),
         ar.keep("attention.value", value),
     )
-    return out, Saved(*kept, c.probe(scores), ar.keep("attention.probs", probs))
+    return out, Saved(*kept, c.probe(scores), c.keep("attention.probs", probs))
 
 
 def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array, Array, Array]:

@@ -5,7 +5,7 @@ slots (T, K, D), so the result depends neither on the order of experts nor on wh
 Backward: dweight[t, k] = <dy[t], E_{idx[t, k]}(x[t])>;  expert k receives weight[t, k] dy[t].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
     ar, groups = c.ar, group_tokens(idx)
     tokens, chosen = idx.shape
 
-    slots = ar.zeros((tokens * chosen, x.value.shape[-1]))  # (T K, D)
+    slots = ar.zeros((tokens * chosen, x.shape[-1]))  # (T K, D)
 
     def run(group: Group) -> mlp.Saved:
         slots[group.slots], saved = c.ops.mlp.forward(_expert(c, group), x.rows(group.tokens))
@@ -49,7 +49,7 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
     slots = slots.reshape(tokens, chosen, -1)  # (T, K, D)
     y = ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]  # (T, D)  summed over K
     y = ar.at("experts.out", y)
-    return y, Saved(groups, done, weight, ar.keep("experts.slots", slots), c.probe(y))
+    return y, Saved(groups, done, weight, c.keep("experts.slots", slots), c.probe(y))
 
 
 def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Array, Array]:
@@ -72,6 +72,13 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Arr
     for own in ar.each(run, zip(saved.groups, saved.experts, strict=True)):
         grads.merge(own)
     return ar.at("d.experts.in", ar.sum(dslots.reshape(slots.shape), 1)), dweight  # (T, D), (T, K)
+
+
+def again(c: Context, saved: Saved, x: Operand) -> Saved:
+    """With the experts' inputs, rows of x (T, D), where they were not kept."""
+    pairs = zip(saved.groups, saved.experts, strict=True)
+    experts = [mlp.again(_expert(c, group), own, x.rows(group.tokens)) for group, own in pairs]
+    return replace(saved, experts=experts)
 
 
 def group_tokens(idx: Array) -> list[Group]:

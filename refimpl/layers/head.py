@@ -31,7 +31,11 @@ def backward(
     c: Context, dlogits: Array, saved: Saved, grads: Gradients, dhidden: Array | None = None
 ) -> Array:
     """dlogits (T, V), dhidden (T, D) from the first MTP module  ->  dx (T, D)."""
-    dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), saved.lm_head, grads)
+    last = saved.lm_head
+    if c.ar.recomputes("lm_head.in"):
+        x = norm.again(c.at("model", "norm"), saved.normed)
+        last = linear.again(last, c.ar.keeping.operand("lm_head.in", x))
+    dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), last, grads)
     if dhidden is not None:
         dnormed = c.ar.at("d.hidden", dnormed + dhidden)  # (T, D)
     dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.normed, grads)

@@ -4,7 +4,7 @@ y = down(silu(gate x) * up x), silu(g) = g sigmoid(g).
 Backward: dup = da silu(g), dgate = da up (s + g s (1 - s)) with s = sigmoid(g).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refimpl.layers import linear
 from refimpl.layers.context import Context, child, tensor
@@ -28,14 +28,15 @@ def forward(c: Context, x: Operand) -> tuple[Array, Saved]:
     ar, linear_forward = c.ar, c.ops.linear.forward
     gate, gate_saved = linear_forward(c.at("gate_proj"), x)  # (T, I)
     up, up_saved = linear_forward(c.at("up_proj"), x)  # (T, I)
-    act = ar.at("swiglu.act", gate * ar.sigmoid(gate) * up)  # (T, I)
-    y, down_saved = linear_forward(c.at("down_proj"), ar.operand("down_proj.in", act))
-    kept = (ar.keep("swiglu.gate", gate), ar.keep("swiglu.up", up))
+    act = _act(c, gate, up)  # (T, I)
+    y, down_saved = linear_forward(c.at("down_proj"), ar.operand(c.site("down_proj.in"), act))
+    kept = (ar.keep(c.site("swiglu.gate"), gate), ar.keep(c.site("swiglu.up"), up))
     return y, Saved(*kept, gate_saved, up_saved, c.probe(act), down_saved, c.probe(y))
 
 
 def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     """dy (T, D)  ->  dx (T, D)."""
+    saved = again(c, saved)
     ar, linear_backward = c.ar, c.ops.linear.backward
     dact = c.joined(linear_backward(c.at("down_proj"), c.joined(dy), saved.down_proj, grads), "act")  # (T, I)
     gate, up = saved.gate.value(), saved.up.value()
@@ -45,3 +46,21 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     dgate = dact * up * (s + silu * (1.0 - s))
     dx = linear_backward(c.at("gate_proj"), dgate, saved.gate_proj, grads)
     return ar.at("d.mlp.in", dx + linear_backward(c.at("up_proj"), dup, saved.up_proj, grads))
+
+
+def again(c: Context, saved: Saved, x: Operand | None = None) -> Saved:
+    """With what was not kept computed again: the output of SwiGLU from its inputs as they were kept, and the
+    MLP's own input x (T, D) as given."""
+    if x is not None:
+        gate_proj, up_proj = linear.again(saved.gate_proj, x), linear.again(saved.up_proj, x)
+        saved = replace(saved, gate_proj=gate_proj, up_proj=up_proj)
+    if c.ar.recomputes(c.site("down_proj.in")):
+        act = _act(c, saved.gate.value(), saved.up.value())
+        down = c.ar.keeping.operand(c.site("down_proj.in"), act)
+        saved = replace(saved, down_proj=linear.again(saved.down_proj, down))
+    return saved
+
+
+def _act(c: Context, gate: Array, up: Array) -> Array:
+    """SwiGLU of its inputs (T, I)."""
+    return c.ar.at(c.site("swiglu.act"), gate * c.ar.sigmoid(gate) * up)

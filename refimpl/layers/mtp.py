@@ -6,7 +6,7 @@ i + k:
 Embedding and head are the main model's; the norms, eh_proj and the block are the module's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,9 +37,7 @@ def forward(c: Context, hidden: Array, tokens: Tokens, dense: bool) -> tuple[Arr
         e = np.where(tokens.first[:, None], np.zeros_like(e), e)
     e, enorm = ops.norm.forward(c.at("enorm"), e, eps)
     h, hnorm = ops.norm.forward(c.at("hnorm"), hidden, eps)
-    pair = (e, h) if c.choices.mtp_concat == "embedding_first" else (h, e)
-    joined = ar.operand("eh_proj.in", np.concatenate(pair, -1))  # (T, 2 D)
-    x, eh_proj = ops.linear.forward(c.at("eh_proj"), joined)  # (T, D)
+    x, eh_proj = ops.linear.forward(c.at("eh_proj"), ar.operand("eh_proj.in", _pair(c, e, h)))  # (T, D)
     y, inner = ops.block.forward(c, x, tokens.batch, dense)
     normed, last = ops.norm.forward(c.at("shared_head", "norm"), y, eps)
     logits, head = ops.linear.forward(c.at("shared_head", "head"), ar.operand("lm_head.in", normed))
@@ -58,6 +56,7 @@ def backward(
 ) -> Array:
     """dlogits (T, V), dfollowing (T, D) from the next module  ->  dhidden (T, D)."""
     ops, wide = c.ops, c.config.hidden_size
+    saved = _again(c, saved)
     dnormed = ops.linear.backward(c.at("shared_head", "head"), dlogits, saved.head, grads)
     normed_is_passed = c.choices.mtp_passes == "after_norm"
     if dfollowing is not None and normed_is_passed:
@@ -76,6 +75,23 @@ def backward(
     ops.embedding.backward(c.at("embed_tokens"), de, saved.embedded, grads)
     dhidden: Array = ops.norm.backward(c.at("hnorm"), dh, saved.hnorm, grads)
     return dhidden
+
+
+def _pair(c: Context, e: Array, h: Array) -> Array:
+    """e, h (T, D)  ->  (T, 2 D)."""
+    return np.concatenate((e, h) if c.choices.mtp_concat == "embedding_first" else (h, e), -1)
+
+
+def _again(c: Context, saved: Saved) -> Saved:
+    """With the outputs of norms that linears read computed again, where they were not kept."""
+    ar, head, eh_proj = c.ar, saved.head, saved.eh_proj
+    if ar.recomputes("lm_head.in"):
+        x = norm.again(c.at("shared_head", "norm"), saved.last)
+        head = linear.again(head, ar.keeping.operand("lm_head.in", x))
+    if ar.recomputes("eh_proj.in"):
+        pair = _pair(c, norm.again(c.at("enorm"), saved.enorm), norm.again(c.at("hnorm"), saved.hnorm))
+        eh_proj = linear.again(eh_proj, ar.keeping.operand("eh_proj.in", pair))
+    return replace(saved, head=head, eh_proj=eh_proj)
 
 
 def shifted(given: Inputs, choices: Choices) -> Inputs:

@@ -34,3 +34,10 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     grads.product_sum(c.name("weight"), c.microbatch, dy, normed)  # summed over tokens when read
     dn = dy * gain  # (T, D)
     return ar.at("d.norm.in", saved.inv_rms * (dn - normed * ar.mean(dn * normed)[:, None]))  # (T, D)
+
+
+def again(c: Context, saved: Saved) -> Array:
+    """The output (T, D), computed again from what was kept."""
+    normed = c.ar.at("norm.normed", saved.x.value() * saved.inv_rms)
+    y: Array = c.ar.at("norm.out", normed * c.array("weight"))
+    return y

@@ -3,7 +3,7 @@
 Whatever sums over tokens arrives as operands.  In an order-free arithmetic the operands of all microbatches
 are joined and contracted once, when the gradient is read, so that neither the order of microbatches nor the
 split of the batch can change a bit.  In the other arithmetics each contribution is contracted by itself and
-the results are added in the order of the microbatches.
+the results are added in the order of the microbatches, each sum rounded as gradients are stored.
 
 Weight gradients of linears may wait (`deferred`): `run(n)` does the oldest n of them, first in, first out,
 which is the W of zero-bubble pipeline schedules.
@@ -129,18 +129,18 @@ class Gradients:
             yield name, self._total(parts)
 
     def _store(self, name: str, microbatch: int, part: Part) -> None:
-        kept = part if self.ar.order_free else part.total(self.ar)
+        kept = part if self.ar.order_free else self.ar.gradient(part.total(self.ar))
         name = self.aliases.get(name, name)
         self._parts.setdefault(name, []).append((microbatch, kept))
 
     def _total(self, parts: list[Part | Array]) -> Array:
         """The sum: one contraction over operands, or contributions added in order."""
         if self.ar.order_free:
-            return _join(cast(list[Part], parts), self.ar).total(self.ar)
+            return self.ar.gradient(_join(cast(list[Part], parts), self.ar).total(self.ar))
         arrays = cast(list[Array], parts)
         total = arrays[0]
         for array in arrays[1:]:
-            total = total + array
+            total = self.ar.gradient(total + array)
         return total
 
 

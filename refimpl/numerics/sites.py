@@ -1,0 +1,122 @@
+"""The boundaries at which values are rounded, by name.  SPEC RECIPE-2.
+
+A site is a place where a real system stores a tensor, sends it, or feeds it to a GEMM.  A linear's sites
+begin with its own name, and those inside of experts with `experts.` or `shared_experts.`, because a recipe may
+treat these otherwise than a dense MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+VALUES: Final = {
+    "embed.out": "rows of the embedding",
+    "norm.normed": "x / rms, before the gain",
+    "norm.out": "output of an RMSNorm",
+    "*.in": "the input of linears, read by Fprop and Wgrad",
+    "*.out": "the output of a linear",
+    "*.dy": "the incoming gradient of a linear, read by Dgrad and Wgrad",
+    "*.dx": "the outgoing gradient of a linear",
+    "rope.table": "cos and sin",
+    "rope.out": "rotated query and key parts",
+    "attention.query": "the query, which some scale and store before the product",
+    "attention.scores": "scaled query-key products",
+    "attention.probs": "softmax of the scores",
+    "attention.out": "heads' outputs",
+    "gate.in": "the router's input",
+    "gate.logits": "the router's products",
+    "gate.scores": "sigmoid or softmax of the logits",
+    "gate.choice": "scores with the selection bias",
+    "gate.weights": "routing weights",
+    "*swiglu.act": "silu(gate) * up",
+    "experts.out": "the weighted sum of the chosen experts",
+    "moe.out": "routed and shared experts together",
+    "residual": "the residual stream",
+    "lm_head.out": "the logits",
+    "optim.master": "the weights that the optimiser updates",
+    "optim.weight": "the weights that the model reads",
+    "optim.moment1": "the first moment of AdamW",
+    "optim.moment2": "the second moment of AdamW",
+    "optim.bias": "the selection bias",
+    "optim.ema": "the average of the parameters",
+    "d.*": "the gradient of the value at the site that follows",
+}
+
+KEPT: Final = {  # where values are saved for the backward pass and nowhere else
+    "norm.in": "the input of an RMSNorm",
+    "rope.in": "the key part that is rotated, shared by all heads",
+    "attention.key": "the keys",
+    "attention.value": "the values",
+    "*swiglu.gate": "the output of gate_proj, which SwiGLU reads",
+    "*swiglu.up": "the output of up_proj, which SwiGLU reads",
+    "experts.slots": "each expert's output, before its routing weight",
+}
+
+PRODUCTS: Final = {  # what a GEMM makes of its operands
+    "*.in.fprop": "the input as Fprop reads it",
+    "*.in.wgrad": "the input as Wgrad reads it, contracted over tokens",
+    "*.dy.wgrad": "the incoming gradient as Wgrad reads it",
+    "*.weight": "the weight as Fprop and Dgrad read it",
+    "*.fprop": "how y = x w^T accumulates",
+    "*.dgrad": "how dx = dy w accumulates",
+    "*.wgrad": "how dw = dy^T x accumulates",
+    "grad": "the gradient of a weight, and its sum over microbatches",
+}
+
+SITES: Final = VALUES | KEPT | PRODUCTS
+
+OWNERS: Final = ("shared_experts", "experts")
+
+
+def within(path: str, name: str) -> str:
+    """The site `name` inside of the module at a checkpoint path: "experts.down_proj.in"."""
+    parts = path.split(".")
+    owner = next((owner for owner in OWNERS if owner in parts), None)
+    return name if owner is None else f"{owner}.{name}"
+
+
+def linear(path: str) -> str:
+    """The name that the sites of the linear at a checkpoint path begin with."""
+    leaf = path.rpartition(".")[2]
+    return within(path, "lm_head" if leaf == "head" else leaf)
+
+
+LINEARS: Final = {  # a linear -> the site of its input, which several may share
+    "q_proj": "self_attn.in",
+    "q_a_proj": "self_attn.in",
+    "kv_a_proj_with_mqa": "self_attn.in",
+    "q_b_proj": "q_b_proj.in",
+    "kv_b_proj": "kv_b_proj.in",
+    "o_proj": "o_proj.in",
+    **{
+        f"{owner}{own}": f"{owner or 'mlp.'}in" if own != "down_proj" else f"{owner}down_proj.in"
+        for owner in ("", "experts.", "shared_experts.")
+        for own in ("gate_proj", "up_proj", "down_proj")
+    },
+    "eh_proj": "eh_proj.in",
+    "lm_head": "lm_head.in",
+}
+
+
+def read_by(own: str) -> str:
+    """The site of the input of a linear."""
+    return LINEARS.get(own, f"{own}.in")
+
+
+def every() -> tuple[str, ...]:
+    """The sites of a network and of its training, without patterns, but for gradients between modules."""
+    names = [
+        name
+        for pattern in SITES
+        for name in ([pattern] if "*" not in pattern else [])
+        if name not in ("lm_head.out",)
+    ]
+    for site in dict.fromkeys(LINEARS.values()):
+        names += [site, f"{site}.fprop", f"{site}.wgrad"]
+    for own in LINEARS:
+        names += [
+            f"{own}.{part}" for part in ("weight", "fprop", "out", "dy", "dgrad", "dx", "dy.wgrad", "wgrad")
+        ]
+    for owner in ("", *(f"{owner}." for owner in OWNERS)):
+        names += [f"{owner}swiglu.{part}" for part in ("gate", "up", "act")]
+    return tuple(names)

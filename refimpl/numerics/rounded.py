@@ -19,7 +19,7 @@ from refimpl.numerics.arithmetic import Array, Dropped, Exact, Kept, Operand, Pl
 from refimpl.numerics.floating import Floating
 from refimpl.numerics.gemm import gemm_fp8
 from refimpl.numerics.recipe import CARRIER, Recipe, Rule
-from refimpl.numerics.scaled import Coded, Plan, Rows, Scaled, ScaledWeight, quantised, rounded
+from refimpl.numerics.scaled import Coded, Plan, Rows, Scaled, ScaledWeight, as_rows, quantised, rounded
 
 if TYPE_CHECKING:  # a mixin: it stands before the arithmetic whose roundings it adds
     _Base = Exact
@@ -99,7 +99,7 @@ class _Sites(_Base):
     def operand(self, site: str, x: Array) -> Operand:
         rule = self._rule(site)
         if rule.scaled:
-            return Scaled.made(self._plan(site), x, self._keep_all)
+            return Scaled.made(self._plan(site), x, self._keep_all, self.quantise)
         return StoredOperand(self.at(site, x), rule, self._keep_all)
 
     def weight(self, w: Array) -> Weight:
@@ -124,6 +124,10 @@ class _Sites(_Base):
             return self.gemm(f"{dy.plan.site.removesuffix('.dy')}.wgrad", dy.along, x.along)
         return super().wgrad(self._along(dy), self._along(x))
 
+    def quantise(self, x: Array, rule: Rule, transposed: bool) -> Rows:
+        """x (R, C)  ->  its codes with scales as a GEMM reads them, or those of x^T."""
+        return as_rows(x, rule, transposed)
+
     def gemm(self, site: str, a: Rows, b: Rows) -> Array:
         """a (M, K), b (N, K) codes with scales  ->  a b^T (M, N), accumulated as the site's rule says."""
         kernel = self._rule(site).accumulator or "exact"
@@ -147,7 +151,7 @@ class _Sites(_Base):
 
     def _side(self, w: Weight, side: str) -> Rows:
         assert isinstance(w, ScaledWeight)
-        return w.side(self._rule(f"{w.site}.weight"), side)
+        return w.side(self._rule(f"{w.site}.weight"), side, self.quantise)
 
     def _along(self, x: Operand) -> Operand:
         return Operand(self._plain(x.plan.along, x.along_value)) if isinstance(x, Scaled) else x

@@ -7,6 +7,7 @@ tokens are gathered without quantising again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,9 +32,33 @@ class Rows:
     codes: Codes
     scales: Array
     format: str
+    origin: Origin | None = None  # where somebody wants to know it
 
     def take(self, index: Array) -> Rows:
-        return Rows(self.codes[index], self.scales[index], self.format)
+        origin = None if self.origin is None else self.origin.take(index)
+        return Rows(self.codes[index], self.scales[index], self.format, origin)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was quantised, x (R, C), by which rule, and whether what is read is the transposed matrix."""
+
+    x: Array
+    rule: Rule
+    transposed: bool
+
+    def take(self, index: Array) -> Origin:
+        assert not self.transposed  # tokens are rows
+        return Origin(self.x[index], self.rule, False)
+
+
+Quantise = Callable[[Array, Rule, bool], Rows]
+
+
+def as_rows(x: Array, rule: Rule, transposed: bool = False) -> Rows:
+    """x (R, C)  ->  its codes as rows, or those of x^T."""
+    q = quantised(x, rule)
+    return rows(q.transposed if transposed else q)
 
 
 def quantised(x: Array, rule: Rule) -> Quantised:
@@ -118,18 +143,19 @@ class Scaled(Operand):
         width: int,
         dtype: np.dtype,
         keep_all: bool = False,
+        quantise: Quantise = as_rows,
     ) -> None:
         self.plan, self.stored, self.source, self.width = plan, stored, source, width
-        self._across, self._dtype, self._keep_all = across, dtype, keep_all
+        self._across, self._dtype, self._keep_all, self._quantise = across, dtype, keep_all, quantise
 
     @staticmethod
-    def made(plan: Plan, x: Array, keep_all: bool = False) -> Scaled:
-        stored = rows(quantised(x, plan.own))
+    def made(plan: Plan, x: Array, keep_all: bool = False, quantise: Quantise = as_rows) -> Scaled:
+        stored = quantise(x, plan.own, False)
         across = None
         if plan.across is not plan.own and plan.across.scaled:
-            across = rows(quantised(_read(plan.across, stored, x), plan.across))
+            across = quantise(_read(plan.across, stored, x), plan.across, False)
         source = x if plan.along.of == "source" else None
-        return Scaled(plan, stored, across, source, x.shape[1], x.dtype, keep_all)
+        return Scaled(plan, stored, across, source, x.shape[1], x.dtype, keep_all, quantise)
 
     @property
     def value(self) -> Array:
@@ -163,7 +189,7 @@ class Scaled(Operand):
     def along(self) -> Rows:
         """(K, T) as Wgrad reads it, tokens padded to whole tiles with zeros."""
         x = _read(self.plan.along, self.stored, self.source)[:, : self.width]
-        return rows(quantised(x, self.plan.along).transposed)
+        return self._quantise(x, self.plan.along, True)
 
     @cached_property
     def kept(self) -> Operand | Dropped:
@@ -171,7 +197,8 @@ class Scaled(Operand):
             return self
         if self.plan.own.keep == "recomputed":
             return Dropped()
-        return Scaled(self.plan, self.stored, None, self.source, self.width, self._dtype)
+        own = (self.source, self.width, self._dtype)
+        return Scaled(self.plan, self.stored, None, *own, quantise=self._quantise)
 
     @property
     def nbytes(self) -> int:
@@ -189,6 +216,7 @@ class Scaled(Operand):
             self.width,
             self._dtype,
             self._keep_all,
+            self._quantise,
         )
 
 
@@ -207,10 +235,12 @@ def _read(rule: Rule, stored: Rows, source: Array | None) -> Array:
 class ScaledWeight(Weight):
     """A weight (N, K) with its blocks, made when a GEMM first reads them; a checkpoint's own where it has."""
 
-    def side(self, rule: Rule, side: str) -> Rows:
+    def side(self, rule: Rule, side: str, quantise: Quantise = as_rows) -> Rows:
         """ "across": (N, K) as Fprop reads it; "down": (K, N) as Dgrad does."""
         held: dict[str, Rows] = self.__dict__.setdefault("_sides", {})
         if side not in held:
-            q = self.stored if self.stored is not None else quantised(self.value, rule)
-            held[side] = rows(q if side == "across" else q.transposed)
+            if self.stored is None:
+                held[side] = quantise(self.value, rule, side == "down")
+            else:
+                held[side] = rows(self.stored if side == "across" else self.stored.transposed)
         return held[side]

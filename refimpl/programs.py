@@ -101,7 +101,7 @@ def _mla(s: Setting) -> Outputs:
     x = x.reshape(-1, x.shape[-1])
     y, saved = c.ops.mla.forward(c, x, s.batch)
     again = s.ar.recomputes("self_attn.in", *mla.UP_SITES)
-    whole = mla.again(c, saved, x, s.batch) if again else saved
+    whole = c.ops.mla.again(c, saved, x, s.batch) if again else saved
     return finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, whole, s.batch, grads))
 
 
@@ -109,7 +109,7 @@ def _mlp(s: Setting) -> Outputs:
     c = s.context
     x, site = s.array("x"), sites.read_by(c.at("gate_proj").linear)
     y, saved = c.ops.mlp.forward(c, s.ar.operand(site, x))
-    whole = mlp.again(c, saved, s.ar.keeping.operand(site, x)) if s.ar.recomputes(site) else saved
+    whole = mlp.given(saved, s.ar.keeping.operand(site, x)) if s.ar.recomputes(site) else saved
     return finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, whole, grads))
 
 
@@ -139,7 +139,7 @@ def _moe(s: Setting) -> Outputs:
     c = s.context
     x = s.array("x")
     y, saved = c.ops.moe.forward(c, x)
-    whole = moe.again(c, saved, x) if s.ar.recomputes(*moe.INPUTS) else saved
+    whole = c.ops.moe.again(c, saved, x) if s.ar.recomputes(*moe.INPUTS) else saved
     return finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, whole, grads))
 
 

@@ -56,16 +56,16 @@ def _mlp_again(c: Context, saved: Saved, dense: bool) -> Saved:
     """With what the MLP did not keep of its input, the second norm's output, computed again."""
     if not c.ar.recomputes(*(("mlp.in",) if dense else moe.INPUTS)):
         return saved
-    x = norm.again(c.at("post_attention_layernorm"), saved.post_attention_layernorm)
+    x = norm.again(c.at("post_attention_layernorm"), saved.post_attention_layernorm, c.config.rms_norm_eps)
     inner = c.at("mlp")
     if dense:
-        return replace(saved, mlp=mlp.again(inner, saved.mlp, c.ar.keeping.operand("mlp.in", x)))
-    return replace(saved, mlp=moe.again(inner, saved.mlp, x))
+        return replace(saved, mlp=mlp.given(saved.mlp, c.ar.keeping.operand("mlp.in", x)))
+    return replace(saved, mlp=c.ops.moe.again(inner, saved.mlp, x))
 
 
 def _attention_again(c: Context, saved: Saved, batch: Batch) -> Saved:
     """With what attention did not keep, the first norm's output among it, computed again."""
     if not c.ar.recomputes("self_attn.in", *mla.UP_SITES):
         return saved
-    x = norm.again(c.at("input_layernorm"), saved.input_layernorm)
-    return replace(saved, self_attn=mla.again(c.at("self_attn"), saved.self_attn, x, batch))
+    x = norm.again(c.at("input_layernorm"), saved.input_layernorm, c.config.rms_norm_eps)
+    return replace(saved, self_attn=c.ops.mla.again(c.at("self_attn"), saved.self_attn, x, batch))

@@ -21,10 +21,11 @@ from refimpl.numerics.arithmetic import Arithmetic, Array, Dropped, Kept, Weight
 
 @dataclass(frozen=True)
 class Op:
-    """A replaceable operation: its forward and its backward."""
+    """A replaceable operation: forward, backward, and how what was not kept is computed again."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    again: Callable[..., Any] = lambda c, saved, *given: saved
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,10 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Arr
     return ar.at("d.experts.in", ar.sum(dslots.reshape(slots.shape), 1)), dweight  # (T, D), (T, K)
 
 
-def again(c: Context, saved: Saved, x: Operand) -> Saved:
+def given(saved: Saved, x: Operand) -> Saved:
     """With the experts' inputs, rows of x (T, D), where they were not kept."""
     pairs = zip(saved.groups, saved.experts, strict=True)
-    experts = [mlp.again(_expert(c, group), own, x.rows(group.tokens)) for group, own in pairs]
-    return replace(saved, experts=experts)
+    return replace(saved, experts=[mlp.given(own, x.rows(group.tokens)) for group, own in pairs])
 
 
 def group_tokens(idx: Array) -> list[Group]:

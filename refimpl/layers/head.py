@@ -33,7 +33,7 @@ def backward(
     """dlogits (T, V), dhidden (T, D) from the first MTP module  ->  dx (T, D)."""
     last = saved.lm_head
     if c.ar.recomputes("lm_head.in"):
-        x = norm.again(c.at("model", "norm"), saved.normed)
+        x = norm.again(c.at("model", "norm"), saved.normed, c.config.rms_norm_eps)
         last = linear.again(last, c.ar.keeping.operand("lm_head.in", x))
     dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), last, grads)
     if dhidden is not None:

@@ -48,17 +48,19 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     return ar.at("d.mlp.in", dx + linear_backward(c.at("up_proj"), dup, saved.up_proj, grads))
 
 
-def again(c: Context, saved: Saved, x: Operand | None = None) -> Saved:
-    """With what was not kept computed again: the output of SwiGLU from its inputs as they were kept, and the
-    MLP's own input x (T, D) as given."""
-    if x is not None:
-        gate_proj, up_proj = linear.again(saved.gate_proj, x), linear.again(saved.up_proj, x)
-        saved = replace(saved, gate_proj=gate_proj, up_proj=up_proj)
-    if c.ar.recomputes(c.site("down_proj.in")):
-        act = _act(c, saved.gate.value(), saved.up.value())
-        down = c.ar.keeping.operand(c.site("down_proj.in"), act)
-        saved = replace(saved, down_proj=linear.again(saved.down_proj, down))
-    return saved
+def again(c: Context, saved: Saved) -> Saved:
+    """With the output of SwiGLU computed again from its inputs as they were kept, if it was not kept."""
+    site = c.site("down_proj.in")
+    if not c.ar.recomputes(site):
+        return saved
+    act = _act(c, saved.gate.value(), saved.up.value())
+    return replace(saved, down_proj=linear.again(saved.down_proj, c.ar.keeping.operand(site, act)))
+
+
+def given(saved: Saved, x: Operand) -> Saved:
+    """With the MLP's own input x (T, D), if it was not kept."""
+    gate_proj, up_proj = linear.again(saved.gate_proj, x), linear.again(saved.up_proj, x)
+    return replace(saved, gate_proj=gate_proj, up_proj=up_proj)
 
 
 def _act(c: Context, gate: Array, up: Array) -> Array:

@@ -61,7 +61,7 @@ def again(c: Context, saved: Saved, x: Array) -> Saved:
     if c.ar.recomputes("gate.in"):
         gating = replace(gating, x=ar.operand("gate.in", x))
     if c.ar.recomputes("experts.in"):
-        routed = experts.again(c.at("experts"), routed, ar.operand("experts.in", x))
+        routed = experts.given(routed, ar.operand("experts.in", x))
     if c.ar.recomputes("shared_experts.in") and shared is not None:
-        shared = mlp.again(c.at("shared_experts"), shared, ar.operand("shared_experts.in", x))
+        shared = mlp.given(shared, ar.operand("shared_experts.in", x))
     return replace(saved, gating=gating, routed=routed, shared=shared)

@@ -84,12 +84,14 @@ def _pair(c: Context, e: Array, h: Array) -> Array:
 
 def _again(c: Context, saved: Saved) -> Saved:
     """With the outputs of norms that linears read computed again, where they were not kept."""
-    ar, head, eh_proj = c.ar, saved.head, saved.eh_proj
+    ar, head, eh_proj, eps = c.ar, saved.head, saved.eh_proj, c.config.rms_norm_eps
     if ar.recomputes("lm_head.in"):
-        x = norm.again(c.at("shared_head", "norm"), saved.last)
+        x = norm.again(c.at("shared_head", "norm"), saved.last, eps)
         head = linear.again(head, ar.keeping.operand("lm_head.in", x))
     if ar.recomputes("eh_proj.in"):
-        pair = _pair(c, norm.again(c.at("enorm"), saved.enorm), norm.again(c.at("hnorm"), saved.hnorm))
+        pair = _pair(
+            c, norm.again(c.at("enorm"), saved.enorm, eps), norm.again(c.at("hnorm"), saved.hnorm, eps)
+        )
         eh_proj = linear.again(eh_proj, ar.keeping.operand("eh_proj.in", pair))
     return replace(saved, head=head, eh_proj=eh_proj)
 

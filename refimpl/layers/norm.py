@@ -3,7 +3,7 @@
 y[t, d] = x[t, d] * gain[d] / sqrt(mean_d x[t, d]^2 + eps)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refimpl.layers.context import Context, tensor
 from refimpl.numerics.arithmetic import Array, Kept
@@ -36,8 +36,7 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     return ar.at("d.norm.in", saved.inv_rms * (dn - normed * ar.mean(dn * normed)[:, None]))  # (T, D)
 
 
-def again(c: Context, saved: Saved) -> Array:
+def again(c: Context, saved: Saved, eps: float) -> Array:
     """The output (T, D), computed again from what was kept."""
-    normed = c.ar.at("norm.normed", saved.x.value() * saved.inv_rms)
-    y: Array = c.ar.at("norm.out", normed * c.array("weight"))
+    y: Array = c.ops.norm.forward(replace(c, ar=c.ar.keeping, probing=False), saved.x.value(), eps)[0]
     return y

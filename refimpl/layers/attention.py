@@ -4,12 +4,12 @@ s = scale q k^T;  p = softmax of s over the allowed keys;  o = p v.
 Backward: dp = do v^T, ds = p (dp - <dp, p>), dq = scale ds k, dk = scale ds^T q, dv = p^T do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refimpl.layers.context import Context, tensor
-from refimpl.numerics.arithmetic import Array, Kept
+from refimpl.numerics.arithmetic import Array, Dropped, Kept
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,13 @@ def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array
     dkey = ar.at("d.attention.key", ar.matmul(dscores.swapaxes(-1, -2), saved.query.value().swapaxes(-1, -2)))
     dvalue = ar.at("d.attention.value", ar.matmul(probs.swapaxes(-1, -2), dout.swapaxes(-1, -2)))
     return dquery, dkey, dvalue
+
+
+def again(saved: Saved, computed: Saved) -> Saved:
+    """With what was not kept taken from what was computed again."""
+    missing = {
+        name: getattr(computed, name)
+        for name in ("query", "key", "value", "probs")
+        if isinstance(getattr(saved, name), Dropped)
+    }
+    return replace(saved, **missing)

@@ -4,7 +4,7 @@ h = x + self_attn(input_layernorm(x));  y = h + mlp(post_attention_layernorm(h))
 The MLP is dense in the first layers and a mixture of experts in the others.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from refimpl.layers import mla, mlp, moe, norm
@@ -42,30 +42,30 @@ def backward(c: Context, dy: Array, saved: Saved, batch: Batch, dense: bool, gra
     """dy (T, D)  ->  dx (T, D)."""
     ar, ops = c.ar, c.ops
     dy = c.joined(dy)
-    saved = _mlp_again(c, saved, dense)
-    dout = (ops.mlp if dense else ops.moe).backward(c.at("mlp"), dy, saved.mlp, grads)
+    # What is computed again lives as long as the call that reads it.
+    dout = (ops.mlp if dense else ops.moe).backward(c.at("mlp"), dy, _mlp_again(c, saved, dense), grads)
     dout = ops.norm.backward(c.at("post_attention_layernorm"), dout, saved.post_attention_layernorm, grads)
     dh = ar.at("d.residual", dy + dout)  # (T, D)
-    saved = _attention_again(c, saved, batch)
-    dattended = ops.mla.backward(c.at("self_attn"), dh, saved.self_attn, batch, grads)
+    dattended = ops.mla.backward(c.at("self_attn"), dh, _attention_again(c, saved, batch), batch, grads)
     dattended = ops.norm.backward(c.at("input_layernorm"), dattended, saved.input_layernorm, grads)
     return ar.at("d.residual", dh + dattended)  # (T, D)
 
 
-def _mlp_again(c: Context, saved: Saved, dense: bool) -> Saved:
-    """With what the MLP did not keep of its input, the second norm's output, computed again."""
+def _mlp_again(c: Context, saved: Saved, dense: bool) -> Any:
+    """What the MLP saved, with its input, the second norm's output, computed again where it was not kept."""
     if not c.ar.recomputes(*(("mlp.in",) if dense else moe.INPUTS)):
-        return saved
+        return saved.mlp
     x = norm.again(c.at("post_attention_layernorm"), saved.post_attention_layernorm, c.config.rms_norm_eps)
-    inner = c.at("mlp")
     if dense:
-        return replace(saved, mlp=mlp.given(saved.mlp, c.ar.keeping.operand("mlp.in", x)))
-    return replace(saved, mlp=c.ops.moe.again(inner, saved.mlp, x))
+        return mlp.given(saved.mlp, c.ar.keeping.operand("mlp.in", x))
+    return c.ops.moe.again(c.at("mlp"), saved.mlp, x)
 
 
-def _attention_again(c: Context, saved: Saved, batch: Batch) -> Saved:
-    """With what attention did not keep, the first norm's output among it, computed again."""
+def _attention_again(c: Context, saved: Saved, batch: Batch) -> Any:
+    """What attention saved, with what it did not keep, the first norm's output among it, computed again."""
     if not c.ar.recomputes("self_attn.in", *mla.UP_SITES):
-        return saved
-    x = norm.again(c.at("input_layernorm"), saved.input_layernorm, c.config.rms_norm_eps)
-    return replace(saved, self_attn=c.ops.mla.again(c.at("self_attn"), saved.self_attn, x, batch))
+        return saved.self_attn
+    x = None
+    if c.ar.recomputes("self_attn.in"):
+        x = norm.again(c.at("input_layernorm"), saved.input_layernorm, c.config.rms_norm_eps)
+    return c.ops.mla.again(c.at("self_attn"), saved.self_attn, x, batch)

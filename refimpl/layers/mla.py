@@ -36,7 +36,7 @@ class Saved:
     heads: Array | None = tensor("heads")  # (T, H Wv)  the input of o_proj
     o_proj: linear.Saved = child("o_proj")
     out: Array | None = tensor("")  # (T, D)
-    rope_in: Kept | None = None  # (T, 1, R)  the shared key part, before its rotation
+    rope_in: Kept | None = None  # (T, 1, R)  the shared key part before its rotation, to compute keys again
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
         c.probe(flat),
         o_saved,
         c.probe(y),
-        ar.keep("rope.in", k_pe),
+        ar.keep("rope.in", k_pe) if ar.recomputes(*UP_SITES) else None,
     )
     return y, saved
 
@@ -134,8 +134,11 @@ def again(c: Context, saved: Saved, x: Array | None, batch: Batch) -> Saved:
     up = _up(keeping, _query_kept(keeping, query), latent, k_pe, batch)
     scale = c.ops.softmax_scale(c.config, c.choices)
     _, attended = c.ops.attention.forward(keeping, up.query, up.key, up.value, scale, batch.allowed)
-    query = replace(query, q_b_proj=up.q_b_proj)
-    return replace(saved, query=query, kv_b_proj=up.kv_b_proj, attended=attended)
+    if query.q_b_proj is not None and up.q_b_proj is not None:
+        query = replace(query, q_b_proj=linear.again(query.q_b_proj, up.q_b_proj.operand))
+    kv_b_proj = linear.again(saved.kv_b_proj, up.kv_b_proj.operand)
+    attended = attention.again(saved.attended, attended)
+    return replace(saved, query=query, kv_b_proj=kv_b_proj, attended=attended)
 
 
 def query_down(c: Context, hidden: Operand) -> tuple[Array, linear.Saved]:

@@ -6,7 +6,7 @@ i + k:
 Embedding and head are the main model's; the norms, eh_proj and the block are the module's own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,8 +56,7 @@ def backward(
 ) -> Array:
     """dlogits (T, V), dfollowing (T, D) from the next module  ->  dhidden (T, D)."""
     ops, wide = c.ops, c.config.hidden_size
-    saved = _again(c, saved)
-    dnormed = ops.linear.backward(c.at("shared_head", "head"), dlogits, saved.head, grads)
+    dnormed = ops.linear.backward(c.at("shared_head", "head"), dlogits, _head_again(c, saved), grads)
     normed_is_passed = c.choices.mtp_passes == "after_norm"
     if dfollowing is not None and normed_is_passed:
         dnormed = c.ar.at("d.hidden", dnormed + dfollowing)
@@ -65,7 +64,7 @@ def backward(
     if dfollowing is not None and not normed_is_passed:
         dy = c.ar.at("d.hidden", dy + dfollowing)
     dx = ops.block.backward(c, dy, saved.layer, tokens.batch, dense, grads)
-    djoined = ops.linear.backward(c.at("eh_proj"), dx, saved.eh_proj, grads)  # (T, 2 D)
+    djoined = ops.linear.backward(c.at("eh_proj"), dx, _pair_again(c, saved), grads)  # (T, 2 D)
     de, dh = djoined[:, :wide], djoined[:, wide:]
     if c.choices.mtp_concat != "embedding_first":
         de, dh = dh, de
@@ -82,18 +81,22 @@ def _pair(c: Context, e: Array, h: Array) -> Array:
     return np.concatenate((e, h) if c.choices.mtp_concat == "embedding_first" else (h, e), -1)
 
 
-def _again(c: Context, saved: Saved) -> Saved:
-    """With the outputs of norms that linears read computed again, where they were not kept."""
-    ar, head, eh_proj, eps = c.ar, saved.head, saved.eh_proj, c.config.rms_norm_eps
-    if ar.recomputes("lm_head.in"):
-        x = norm.again(c.at("shared_head", "norm"), saved.last, eps)
-        head = linear.again(head, ar.keeping.operand("lm_head.in", x))
-    if ar.recomputes("eh_proj.in"):
-        pair = _pair(
-            c, norm.again(c.at("enorm"), saved.enorm, eps), norm.again(c.at("hnorm"), saved.hnorm, eps)
-        )
-        eh_proj = linear.again(eh_proj, ar.keeping.operand("eh_proj.in", pair))
-    return replace(saved, head=head, eh_proj=eh_proj)
+def _head_again(c: Context, saved: Saved) -> linear.Saved:
+    """What the head saved, with the last norm's output computed again, if it was not kept."""
+    if not c.ar.recomputes("lm_head.in"):
+        return saved.head
+    x = norm.again(c.at("shared_head", "norm"), saved.last, c.config.rms_norm_eps)
+    return linear.again(saved.head, c.ar.keeping.operand("lm_head.in", x))
+
+
+def _pair_again(c: Context, saved: Saved) -> linear.Saved:
+    """What eh_proj saved, with the outputs of both norms computed again, if they were not kept."""
+    if not c.ar.recomputes("eh_proj.in"):
+        return saved.eh_proj
+    eps = c.config.rms_norm_eps
+    e = norm.again(c.at("enorm"), saved.enorm, eps)
+    h = norm.again(c.at("hnorm"), saved.hnorm, eps)
+    return linear.again(saved.eh_proj, c.ar.keeping.operand("eh_proj.in", _pair(c, e, h)))
 
 
 def shifted(given: Inputs, choices: Choices) -> Inputs:

@@ -52,6 +52,20 @@ class Rule:
         return bool(self.tile) and self.format in SCALED
 
 
+def _check_place(site: str, rule: Rule) -> None:
+    """Raises Invalid for what a rule cannot mean at a site."""
+    if rule.keep == "recomputed" and site not in sites.RECOMPUTABLE:
+        raise Invalid(
+            f"{site}.keep is 'recomputed', but it must be plain or codes: no layer computes that value again."
+        )
+    tiles = sites.tiles(site)
+    if rule.scaled and tiles and rule.tile not in tiles:
+        raise Invalid(
+            f"{site}.tile is {rule.tile!r}, but it must be one of {', '.join(tiles)}: a product's scales "
+            "differ along its contracted axis by whole tiles of 128 only."
+        )
+
+
 SCALED: Final = tuple(name for name, fmt in FORMATS.items() if fmt.bits <= 12 and fmt.kind != "scale")
 _ALLOWED: Final[dict[str, tuple[str, ...]]] = {
     "format": (CARRIER, *FORMATS),
@@ -77,6 +91,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.carrier not in CARRIERS:
             raise Invalid(f"carrier is {self.carrier!r}, but it must be one of {', '.join(CARRIERS)}.")
+        for site in sites.every():
+            rule = next((rule for rule in self.rules if fnmatchcase(site, rule.site)), None)
+            if rule is not None:
+                _check_place(site, rule)
 
     def rule(self, site: str) -> Rule:
         """The rule of a site."""
@@ -93,6 +111,11 @@ class Recipe:
     def scaled(self) -> bool:
         """Whether any GEMM reads codes with scales."""
         return any(rule.scaled for rule in self.rules)
+
+    @property
+    def adds_in_turn(self) -> bool:
+        """Whether the gradients of microbatches are added in their order, in less than float32."""
+        return any(rule.site == "grad" and rule.format not in (CARRIER, "fp32") for rule in self.rules)
 
     def changed(self, site: str, **values: Any) -> Recipe:
         """The recipe with another value of some fields, at a site or pattern.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refimpl.numerics import formats
-from refimpl.numerics.arithmetic import Array, Dropped, Exact, Kept, Operand, Plain, Weight
+from refimpl.numerics.arithmetic import Array, Dropped, Exact, Kept, Operand, Weight
 from refimpl.numerics.floating import Floating
 from refimpl.numerics.gemm import gemm_fp8
 from refimpl.numerics.recipe import CARRIER, Recipe, Rule
@@ -88,9 +88,7 @@ class _Sites(_Base):
 
     def keep(self, site: str, x: Array) -> Kept:
         rule = self._rule(site)
-        if self._keep_all:
-            return Plain(x)
-        if rule.keep == "recomputed":
+        if rule.keep == "recomputed" and not self._keep_all:
             return Dropped()
         if rule.scaled:
             return Coded(quantised(x.reshape(-1, x.shape[-1]), rule), x.shape, x.dtype)

@@ -65,6 +65,25 @@ PRODUCTS: Final = {  # what a GEMM makes of its operands
 
 SITES: Final = VALUES | KEPT | PRODUCTS
 
+RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
+    "self_attn.in",
+    "q_b_proj.in",
+    "kv_b_proj.in",
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.probs",
+    "mlp.in",
+    "gate.in",
+    "experts.in",
+    "shared_experts.in",
+    "down_proj.in",
+    "experts.down_proj.in",
+    "shared_experts.down_proj.in",
+    "eh_proj.in",
+    "lm_head.in",
+)
+
 OWNERS: Final = ("shared_experts", "experts")
 
 
@@ -98,9 +117,22 @@ LINEARS: Final = {  # a linear -> the site of its input, which several may share
 }
 
 
+_INPUTS: Final = frozenset(LINEARS.values())
+
+
 def read_by(own: str) -> str:
     """The site of the input of a linear."""
     return LINEARS.get(own, f"{own}.in")
+
+
+def tiles(site: str) -> tuple[str, ...]:
+    """The tiles that an operand's codes may have where a GEMM reads them; () where none does."""
+    own, _, part = site.rpartition(".")
+    if site in _INPUTS or (part == "fprop" and own in _INPUTS) or part == "dy":
+        return "1x128", "128x128", "tensor"
+    if part == "wgrad" and (own in _INPUTS or own.endswith(".dy")):
+        return "128x1", "128x128", "tensor"
+    return ("128x128", "tensor") if part == "weight" and not site.startswith("optim.") else ()
 
 
 def every() -> tuple[str, ...]:

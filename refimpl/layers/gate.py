@@ -43,7 +43,8 @@ def forward(c: Context, x: Array) -> tuple[Array, Array, Saved]:
     chosen = np.take_along_axis(scores, idx, -1)  # (T, K)
     scale, normalised = weight_rule(c.config, c.choices)
     if normalised:
-        chosen = chosen / (ar.sum(chosen) + c.choices.topk_norm_epsilon)[:, None]
+        total = ar.fused("gate.sum", ar.sum(chosen)) + c.choices.topk_norm_epsilon  # (T,)
+        chosen = ar.fused("gate.sum", chosen / total[:, None])
     weight = ar.at("gate.weights", chosen * scale)  # (T, K)
     return idx, weight, Saved(hidden.kept, c.probe(logits), scores, idx, weight)
 

@@ -105,7 +105,8 @@ def backward(c: Context, dy: Array, saved: Saved, batch: Batch, grads: Gradients
     scale = c.ops.softmax_scale(cfg, c.choices)
     dquery, dkey, dvalue = map(batch.tokens, ops.attention.backward(c, dout, saved.attended, scale))
     dq_pe = ops.rope.backward(c, c.joined(dquery[..., nope:], "q_pe"), batch.tables)  # (T, H, R)
-    dk_pe = c.joined(c.ar.sum(dkey[..., nope:], 1)[:, None], "k_pe")  # (T, 1, R)  summed over heads
+    dk_pe = c.ar.fused("d.rope.out", c.ar.sum(dkey[..., nope:], 1))  # (T, R)  summed over heads
+    dk_pe = c.joined(dk_pe[:, None], "k_pe")  # (T, 1, R)
     dk_pe = ops.rope.backward(c, dk_pe, batch.tables)[:, 0]  # (T, R)
     dup = np.concatenate([dkey[..., :nope], dvalue], -1).reshape(tokens, -1)  # (T, H (nope + Wv))
     dlatent = ops.linear.backward(c.at("kv_b_proj"), dup, saved.kv_b_proj, grads)  # (T, C)

@@ -42,8 +42,9 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     gate, up = saved.gate.value(), saved.up.value()
     s = ar.sigmoid(gate)  # (T, I)
     silu = gate * s
-    dup = dact * silu
-    dgate = dact * up * (s + silu * (1.0 - s))
+    dup = dact * ar.fused(c.site("swiglu.silu"), silu)
+    dsilu = ar.fused(f"d.{c.site('swiglu.silu')}", dact * up)  # (T, I)
+    dgate = dsilu * (s + silu * (1.0 - s))
     dx = linear_backward(c.at("gate_proj"), dgate, saved.gate_proj, grads)
     return ar.at("d.mlp.in", dx + linear_backward(c.at("up_proj"), dup, saved.up_proj, grads))
 
@@ -65,4 +66,5 @@ def given(saved: Saved, x: Operand) -> Saved:
 
 def _act(c: Context, gate: Array, up: Array) -> Array:
     """SwiGLU of its inputs (T, I)."""
-    return c.ar.at(c.site("swiglu.act"), gate * c.ar.sigmoid(gate) * up)
+    silu = c.ar.fused(c.site("swiglu.silu"), gate * c.ar.sigmoid(gate))
+    return c.ar.at(c.site("swiglu.act"), silu * up)

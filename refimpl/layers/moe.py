@@ -43,7 +43,8 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     dy = c.joined(dy)
     dx, dweight = c.ops.experts.backward(c.at("experts"), dy, saved.routed, grads)
     if saved.shared is not None:
-        dx = dx + c.ops.mlp.backward(c.at("shared_experts"), dy, saved.shared, grads)
+        dshared = c.ops.mlp.backward(c.at("shared_experts"), dy, saved.shared, grads)
+        dx = c.ar.fused("d.moe.in", dx + dshared)  # (T, D)
     inner = c.at("gate")
     if saved.balanced is not None:
         dscores = c.ops.balance.backward(inner, saved.balanced)

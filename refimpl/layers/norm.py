@@ -30,9 +30,12 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     """dy (T, D)  ->  dx (T, D); adds the gain's gradient."""
     ar, gain = c.ar, c.array("weight")  # (D,)
     dy = c.joined(dy)
-    normed = ar.at("norm.normed", saved.x.value() * saved.inv_rms)  # (T, D)  recomputed, not stored
+    whole = saved.x.value() * saved.inv_rms  # (T, D)  recomputed, not stored
+    normed = ar.at("norm.normed", whole)  # (T, D)
     grads.product_sum(c.name("weight"), c.microbatch, dy, normed)  # summed over tokens when read
-    dn = dy * gain  # (T, D)
+    dn = ar.fused("d.norm.normed", dy * gain)  # (T, D)
+    if ar.reads_source("norm.normed"):
+        normed = whole
     return ar.at("d.norm.in", saved.inv_rms * (dn - normed * ar.mean(dn * normed)[:, None]))  # (T, D)
 
 

@@ -137,6 +137,15 @@ class Arithmetic(Protocol):
     def at(self, site: str, x: Array) -> Array:
         """A value that crosses a boundary, rounded as the recipe says."""
 
+    def fused(self, site: str, x: Array) -> Array:
+        """A value inside of an operation, at the site "fused." + site: rounded if the recipe stores it."""
+
+    def stores(self, site: str) -> bool:
+        """Whether the recipe rounds at "fused." + site; sums are then taken term by term."""
+
+    def reads_source(self, site: str) -> bool:
+        """Whether the gradient of what made a value reads it as it was before it was rounded."""
+
     def keep(self, site: str, x: Array) -> Kept: ...
     def operand(self, site: str, x: Array) -> Operand: ...
     def weight(self, w: Array) -> Weight: ...
@@ -175,6 +184,12 @@ class Arithmetic(Protocol):
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         """x (T, D), ids (T,)  ->  (n, D): sums of the rows that share an id."""
 
+    def product_sum(self, a: Array, b: Array) -> Array:
+        """a, b (T, D)  ->  (D,): the gradient of a gain, the sum over tokens of a * b."""
+
+    def row_sum(self, x: Array, ids: Array, n: int) -> Array:
+        """x (T, D), ids (T,)  ->  (n, D): the gradient of an embedding, the sums of rows that share an id."""
+
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         """`[call(item) for item in items]`, on as many threads as pay off."""
 
@@ -193,6 +208,23 @@ class KeepsAll:
     """How an arithmetic without a recipe treats gradients and saved values: as they are."""
 
     reads_codes = False
+
+    def fused(self, site: str, x: Array) -> Array:
+        return x
+
+    def stores(self, site: str) -> bool:
+        return False
+
+    def reads_source(self, site: str) -> bool:
+        return False
+
+    def product_sum(self: Any, a: Array, b: Array) -> Array:
+        total: Array = self.dot(a.T, b.T)
+        return total
+
+    def row_sum(self: Any, x: Array, ids: Array, n: int) -> Array:
+        total: Array = self.segment_sum(x, ids, n)
+        return total
 
     def gradient(self, g: Array) -> Array:
         return g

@@ -47,7 +47,7 @@ class Products:
     b: Array
 
     def total(self, ar: Arithmetic) -> Array:
-        return ar.dot(self.a.T, self.b.T)
+        return ar.product_sum(self.a, self.b)
 
     @staticmethod
     def join(parts: list[Products]) -> Products:
@@ -63,7 +63,7 @@ class Rows:
     n: int
 
     def total(self, ar: Arithmetic) -> Array:
-        return ar.segment_sum(self.dy, self.ids, self.n)
+        return ar.row_sum(self.dy, self.ids, self.n)
 
     @staticmethod
     def join(parts: list[Rows]) -> Rows:

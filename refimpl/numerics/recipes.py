@@ -33,10 +33,12 @@ _PRODUCTS: Final = (  # of a recipe without codes
     _row("*.dgrad", CARRIER, "modelled", "an accumulator as wide as need be", accumulator="exact"),
     _row("*.wgrad", CARRIER, "modelled", "an accumulator as wide as need be", accumulator="exact"),
 )
+_FUSED: Final = _row("fused.*", CARRIER, "modelled", "inside of one kernel nothing is stored")
 
 BF16: Final = Recipe(
     "bf16",
     (
+        _FUSED,
         _row("gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
         _row("d.gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
         _row("attention.scores", "fp32", "modelled", f"{_R331}: attention keeps high precision"),
@@ -76,6 +78,7 @@ def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recip
     return Recipe(
         name,
         (
+            _FUSED,
             *_OPTIMISER,
             _row("d.gate.*", "fp32", "recorded", f"{_R331}: the gate keeps its precision"),
             _row("d.attention.scores", "fp32", "modelled", f"{_R331}: attention keeps high precision"),
@@ -140,5 +143,115 @@ def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recip
 V3_FP8: Final = _fp8("v3-fp8", "ue8m0", "ieee", "ieee", "activations between operators are BF16")
 V31_UE8M0: Final = _fp8("v3.1-ue8m0", "ue8m0", "ue8m0", "ue8m0", "activations between operators are BF16")
 
-RECIPES: Final = {recipe.name: recipe for recipe in (BF16, V3_FP8, V31_UE8M0)}
+
+def _is(site: str, format: str, does: str, **more: Any) -> Rule:
+    """What transformers does at a site."""
+    return _row(site, format, "recorded", f"{_HF}: {does}", **more)
+
+
+HF_BF16: Final = Recipe(
+    "hf-bf16",
+    (
+        _is("fused.rope.frequency", "fp32", "frequencies are computed in float32"),
+        _is("fused.rope.angle", "fp32", "angles are computed in float32"),
+        _is("fused.attention.softmax", "fp32", "softmax in float32"),
+        _is("fused.gate.sum", "fp32", "the router runs in float32"),
+        _is("fused.experts.slot", "fp32", "bfloat16 times a float32 weight (grouped_mm)"),
+        _is("fused.experts.sum", CARRIER, "a sum in float32 over the chosen experts (grouped_mm)"),
+        _is("fused.d.experts.sum", "bf16", "index_put adds rows in bfloat16, in the order of experts"),
+        _is("fused.d.moe.in", "bf16", "autograd adds shared experts, routed experts, router in this order"),
+        _is("fused.grad.products", "bf16", "the gain's gradient is a product in bfloat16, then summed"),
+        _is("fused.grad.rows", "bf16", "the embedding's gradient adds a token at a time in bfloat16"),
+        _is("fused.*", "bf16", "every operator stores its result"),
+        _is("norm.normed", "bf16", "cast before the gain; autograd reads it as it was before", of="source"),
+        _is("attention.probs", "bf16", "softmax cast to bfloat16; autograd reads it before", of="source"),
+        _is("rope.table", "bf16", "cos and sin are cast to the input's dtype"),
+        _is("d.gate.in", "bf16", "the router's input was cast to float32"),
+        _is("d.gate.*", "fp32", "the router runs in float32"),
+        _is("gate.*", "fp32", "the router runs in float32"),
+        _is("experts.gate_proj.dx", CARRIER, "gate_up_proj is one product, contracted over both"),
+        _is("experts.up_proj.dx", CARRIER, "gate_up_proj is one product, contracted over both"),
+        _is("grad", "bf16", "gradients have the dtype of the weights"),
+        _is("optim.bias", "fp32", "e_score_correction_bias stays in float32"),
+        _row("optim.*", "bf16", "modelled", "torch's AdamW keeps everything in the dtype of the weights"),
+        *_PRODUCTS,
+        _is("*", "bf16", "every operator stores its result"),
+    ),
+)
+
+_DEMO: Final = "DeepSeek's inference/model.py"
+
+
+def _demo(name: str, scale_format: str) -> Recipe:
+    """DeepSeek's inference code with gemm_impl = "fp8" and attn_impl = "naive".  scale_format: the row of
+    scales where it hands `scale_fmt` on, which is in plain Linear only: q_a, kv_a and routed experts."""
+    tiles: dict[str, Any] = {"tile": "1x128", "scale": "triton_v3"}
+    plain: dict[str, Any] = {"tile": "1x128", "scale": scale_format}
+    act = f"{_DEMO}: act_quant of every input of an FP8 linear"
+    passed = f"{act}; scale_fmt is handed on"
+    own = "backward is not in this code: BF16, on the weights as numbers"
+    return Recipe(
+        name,
+        (
+            _row("fused.rope.frequency", "fp32", "recorded", f"{_DEMO}: frequencies in float32"),
+            _row("fused.rope.angle", "fp32", "recorded", f"{_DEMO}: angles in float32"),
+            _row("fused.rope.product", CARRIER, "recorded", f"{_DEMO}: a complex product in float32"),
+            _row("fused.attention.products", "bf16", "recorded", f"{_DEMO}: einsum in bfloat16"),
+            _row("fused.attention.softmax", "fp32", "recorded", f"{_DEMO}: softmax in float32"),
+            _row("fused.swiglu.silu", "bf16", "recorded", f"{_DEMO}: F.silu stores its result"),
+            _row("fused.*experts.swiglu.silu", "bf16", "recorded", f"{_DEMO}: F.silu stores its result"),
+            _row("fused.gate.sum", "bf16", "recorded", f"{_DEMO}: a sigmoid gate stays in bfloat16"),
+            _row("fused.experts.slot", "bf16", "recorded", f"{_DEMO}: routing weights are bfloat16"),
+            _row(
+                "fused.experts.sum", "bf16", "recorded", f"{_DEMO}: y[idx] += in bfloat16, expert by expert"
+            ),
+            _row("fused.*", CARRIER, "modelled", own),
+            _row("d.*", "bf16", "modelled", own),
+            _row("norm.normed", CARRIER, "recorded", f"{_DEMO}: F.rms_norm stores its result alone"),
+            _row("rope.table", "fp32", "recorded", f"{_DEMO}: freqs_cis is complex64"),
+            _row("gate.choice", "fp32", "recorded", f"{_DEMO}: the bias is float32"),
+            _row("gate.*", "bf16", "recorded", f"{_DEMO}: linear and sigmoid in bfloat16"),
+            *_unscaled("eh_proj", "bf16 in the published checkpoint"),
+            *_unscaled("lm_head", f"{_DEMO}: the head has the default dtype"),
+            _row("eh_proj.in", "bf16", "recorded", "bf16 in the published checkpoint"),
+            _row("lm_head.in", "bf16", "recorded", f"{_DEMO}: the head has the default dtype"),
+            _row("self_attn.in", "e4m3", "recorded", passed, keep="codes", **plain),
+            _row("experts.in", "e4m3", "recorded", passed, keep="codes", **plain),
+            _row("experts.down_proj.in", "e4m3", "recorded", passed, keep="codes", **plain),
+            *(_row(site, "bf16", "modelled", "a value that is saved") for site in ("norm.in", "rope.in")),
+            _row("*.in.fprop", CARRIER, "recorded", act),
+            _row("*.in.wgrad", CARRIER, "modelled", own),
+            _row("*.in", "e4m3", "recorded", act, keep="codes", **tiles),
+            _row("*.dy*", "bf16", "modelled", own),
+            _row(
+                "*.weight",
+                "e4m3",
+                "recorded",
+                f"{_DEMO}: the checkpoint's codes; others are quantised so",
+                tile="128x128",
+                scale="w_block",
+            ),
+            _row(
+                "*.fprop",
+                "fp32",
+                "recorded",
+                "kernel.py: fp8_gemm; tiles of 16 or 32 rows would be triton_mma, the autotuner decides",
+                accumulator="triton_wgmma",
+            ),
+            *(
+                _row(f"*.{gemm}", CARRIER, "modelled", own, accumulator="exact")
+                for gemm in ("dgrad", "wgrad")
+            ),
+            *_OPTIMISER,
+            _row("*", "bf16", "recorded", f"{_DEMO}: every operator stores its result in bfloat16"),
+        ),
+    )
+
+
+OFFICIAL: Final = _demo("official-inference", "triton_v3")
+OFFICIAL_V31: Final = _demo("official-inference-v3.1", "triton_v3_ue8m0")
+
+RECIPES: Final = {
+    recipe.name: recipe for recipe in (BF16, V3_FP8, V31_UE8M0, HF_BF16, OFFICIAL, OFFICIAL_V31)
+}
 SHORT: Final = {"fp8": "v3-fp8"}

@@ -8,6 +8,7 @@ saved takes the form that the recipe gives it.  Everything else is as in the ari
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class _Sites(_Base):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.name = recipe.name
-        self.order_free = type(self).order_free and not recipe.scaled
+        self.order_free = type(self).order_free and not recipe.scaled and not recipe.adds_in_turn
         self.reads_codes = recipe.scaled
         self._rule = cache(recipe.rule)
         self._plan = cache(lambda site: Plan.of(recipe, site))
@@ -81,6 +82,28 @@ class _Sites(_Base):
     def at(self, site: str, x: Array) -> Array:
         rule = self._rule(site)
         return self.array(rounded(x, rule)) if rule.scaled else self.to_format(rule.format, x)
+
+    def fused(self, site: str, x: Array) -> Array:
+        return self.at(f"fused.{site}", x)
+
+    def stores(self, site: str) -> bool:
+        return self._rule(f"fused.{site}").format != CARRIER
+
+    def reads_source(self, site: str) -> bool:
+        return self._rule(site).of == "source"
+
+    def product_sum(self, a: Array, b: Array) -> Array:
+        if not self.stores("grad.products"):
+            return super().product_sum(a, b)
+        return self.sum(self.fused("grad.products", a * b), 0)
+
+    def row_sum(self, x: Array, ids: Array, n: int) -> Array:
+        if not self.stores("grad.rows"):
+            return super().row_sum(x, ids, n)
+        total = self.zeros((n, x.shape[1]))
+        for tokens in occurrences(ids):  # a row takes one token at a time, in their order
+            total[ids[tokens]] = self.fused("grad.rows", total[ids[tokens]] + x[tokens])
+        return total
 
     def to_format(self, name: str, x: Array) -> Array:
         """x (...), rounded to nearest even, once."""
@@ -173,6 +196,16 @@ class RoundedFast(_Sites, Floating):
         if name in (CARRIER, "fp32"):
             return x
         return nearest_bf16(x) if name == "bf16" else super().to_format(name, x)
+
+
+def occurrences(ids: Array) -> Iterator[Array]:
+    """ids (T,)  ->  the tokens at which an id occurs for the first time, for the second, and so on."""
+    order = np.argsort(ids, kind="stable")
+    first = np.flatnonzero(np.diff(ids[order], prepend=-1))  # where a run of equal ids begins
+    runs = np.diff(np.append(first, len(ids)))
+    rank = np.arange(len(ids)) - np.repeat(first, runs)
+    for i in range(int(runs.max(initial=0))):
+        yield np.sort(order[rank == i])
 
 
 def nearest_bf16(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """The boundaries at which values are rounded, by name.  SPEC RECIPE-2.
 
 A site is a place where a real system stores a tensor, sends it, or feeds it to a GEMM.  A linear's sites
-begin with its own name, and those inside of experts with `experts.` or `shared_experts.`, because a recipe may
+begin with its own name, and those inside of experts with `experts.` or `shared_experts.`: a recipe may
 treat these otherwise than a dense MLP.
 """
 
@@ -63,7 +63,28 @@ PRODUCTS: Final = {  # what a GEMM makes of its operands
     "grad": "the gradient of a weight, and its sum over microbatches",
 }
 
-SITES: Final = VALUES | KEPT | PRODUCTS
+FUSED: Final = {  # inside of an operation: stored only by systems that compute it in several kernels
+    "fused.rope.frequency": "the rotary frequencies",
+    "fused.rope.angle": "position times frequency",
+    "fused.rope.product": "x cos and x sin, before their sum",
+    "fused.d.rope.product": "dy cos and dy sin, before their sum",
+    "fused.d.rope.out": "the gradient of the rotated key part, summed over heads",
+    "fused.attention.products": "query-key products, before the scale",
+    "fused.attention.softmax": "softmax of the scores, before the cast to what multiplies the values",
+    "fused.d.attention.softmax": "the gradient of the scaled scores, before the scale",
+    "fused.*swiglu.silu": "silu(gate), before the product with up",
+    "fused.d.*swiglu.silu": "its gradient",
+    "fused.d.norm.normed": "dy times gain",
+    "fused.gate.sum": "the sum of the chosen scores, and these divided by it",
+    "fused.experts.slot": "an expert's output times its routing weight",
+    "fused.experts.sum": "the sum of these so far, expert by expert in the order of their numbers",
+    "fused.d.experts.sum": "the sum of the experts' input gradients so far, likewise",
+    "fused.d.moe.in": "the input gradients of routed and shared experts together, without the router's",
+    "fused.grad.products": "a gain's gradient token by token, before the sum",
+    "fused.grad.rows": "the embedding's gradient after each token",
+}
+
+SITES: Final = VALUES | KEPT | PRODUCTS | FUSED
 
 RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
     "self_attn.in",
@@ -151,4 +172,5 @@ def every() -> tuple[str, ...]:
         ]
     for owner in ("", *(f"{owner}." for owner in OWNERS)):
         names += [f"{owner}swiglu.{part}" for part in ("gate", "up", "act")]
+        names += [f"fused.{owner}swiglu.silu", f"fused.d.{owner}swiglu.silu"]
     return tuple(names)

@@ -6,8 +6,8 @@ counts.  An ablation is a recipe with one rule changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ class Rule:
     source: str
     tile: str = ""  # values that share a scale, rows x columns; "" for a format without scales
     scale: str = ""  # how scales are made: a row of blockscale.QUANTISERS
-    of: str = "codes"  # what is quantised anew for another GEMM: what was kept, or its "source"
+    of: str = "codes"  # what another GEMM quantises anew, or a gradient reads: what was kept, or its "source"
     keep: str = "plain"  # how backward finds the value: "plain", as "codes", or "recomputed"
     accumulator: str = ""  # of a product: a row of gemm.KERNELS, or "exact"
 
@@ -76,6 +76,7 @@ _ALLOWED: Final[dict[str, tuple[str, ...]]] = {
     "keep": KEPT,
     "accumulator": ("", *ACCUMULATORS),
 }
+FIELDS: Final = tuple(f.name for f in fields(Rule))
 CHANGEABLE: Final = tuple(f.name for f in fields(Rule) if f.name not in ("site", "evidence", "source"))
 
 
@@ -116,6 +117,37 @@ class Recipe:
     def adds_in_turn(self) -> bool:
         """Whether the gradients of microbatches are added in their order, in less than float32."""
         return any(rule.site == "grad" and rule.format not in (CARRIER, "fp32") for rule in self.rules)
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        """What decides its numbers: the carrier and the rows in their order, without names and sources."""
+        kept = ("site", *CHANGEABLE)
+        text = (" ".join(f"{name}={getattr(rule, name)}" for name in kept) for rule in self.rules)
+        return {"carrier": self.carrier} | {f"row {i}": row for i, row in enumerate(text, 1)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON's types; `from_dict` reads it back."""
+        return {"name": self.name, "carrier": self.carrier, "rules": [asdict(rule) for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Recipe:
+        """Raises Invalid for what `to_dict` does not write, and for a site without a rule."""
+        rules = given.get("rules")
+        if set(given) != {"name", "carrier", "rules"} or not isinstance(rules, list):
+            raise Invalid("a recipe has other fields than name, carrier and rules, but it must have these.")
+        for rule in (*rules, {name: given[name] for name in ("name", "carrier")}):
+            if not isinstance(rule, Mapping) or not all(isinstance(value, str) for value in rule.values()):
+                raise Invalid(f"a rule of a recipe is {rule!r:.80}, but its fields must be text.")
+        for rule in rules:
+            if set(rule) != set(FIELDS):
+                raise Invalid(
+                    f"a rule has fields {sorted(rule)!r:.80}, but it must have {', '.join(FIELDS)}."
+                )
+        recipe = cls(given["name"], tuple(Rule(**rule) for rule in rules), given["carrier"])
+        for site in sites.every():
+            if not any(fnmatchcase(site, rule.site) for rule in recipe.rules):
+                raise Invalid(f"recipe {recipe.name} has no rule for site {site}, but every site needs one.")
+        return recipe
 
     def changed(self, site: str, **values: Any) -> Recipe:
         """The recipe with another value of some fields, at a site or pattern.

@@ -7,6 +7,7 @@ from typing import Any, Final
 from refimpl.cases.definition import Definition, Draw, Source, shaped
 from refimpl.cases.staged import Staged
 from refimpl.cases.suites.common import LAYER, V3
+from refimpl.cases.suites.warm import gains, learned, moments, tokens
 from refimpl.config.model import ModelConfig
 
 RECIPES: Final = ("v3-fp8", "v3.1-ue8m0")
@@ -60,6 +61,36 @@ def _cases(
     )
 
 
+def _step() -> Staged:
+    """A step of a model with one dense layer and one with experts, from warm moments."""
+    config = shaped(
+        _SMALL,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        hidden_size=128,
+        q_lora_rank=128,
+        num_attention_heads=2,
+        moe_intermediate_size=128,
+        intermediate_size=128,
+        n_routed_experts=2,
+        n_group=1,
+        num_experts_per_tok=1,
+    )
+    definition = Definition(
+        "recipe/step-v3-fp8",
+        "One step from warm moments, with the routing given, in v3-fp8",
+        ("RECIPE-5", "STEP-2"),
+        "step",
+        config,
+        {**tokens("recipe/step-v3-fp8", (1, 2, 12), config), **moments(learned(config))},
+        weights=gains(config),
+        arguments={"training": {"learning_rate": 0.01, "warmup_steps": 20}, "steps": 12},
+        required=("gradient_norm", "loss.*", "after.*"),
+        forced=True,
+    )
+    return Staged(definition, "v3-fp8")
+
+
 CASES: Final = (
     *_cases(
         "linear",
@@ -94,4 +125,5 @@ CASES: Final = (
         (40, 384),
         forced=True,
     ),
+    _step(),
 )

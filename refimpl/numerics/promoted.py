@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 BLOCK: Final = 128  # codes that share a scale
 HEIGHT: Final = 64  # rows and columns of a tile: what is made of one stays in the second cache
-WIDTH: Final = 512
+WIDTH: Final = 256
 SPLIT: Final = 1 << 26  # multiplications from which threads over rows pay off
 SMALLEST: Final = 2.0**-33  # of scales that are not zero
 

@@ -22,6 +22,7 @@ ORDER = (
     "training",
     "model",
     "layers",
+    "accounting",
     "checkpoint",
     "config",
     "numerics",

@@ -136,6 +136,14 @@ def coded(m: Met) -> tuple[Array, str]:
     return as_codes(single), "F32"
 
 
+def stored_as(y: Array, dtype: str) -> Array:
+    """Numbers as the codes of a type, rounded to nearest."""
+    if dtype == "I64":
+        return np.asarray(y, np.int64)
+    single = np.ascontiguousarray(y, np.float32)
+    return to_bf16(single) if dtype == "BF16" else as_codes(single)
+
+
 def value_of(codes: Array, dtype: str) -> Array:
     """Codes of a value's type as numbers."""
     return codes.astype(np.int64) if dtype == "I64" else decode(codes, FORMAT_OF[dtype])

@@ -195,10 +195,12 @@ class Scaled(Operand):
         x = _read(self.plan.along, self.stored, self.source)[:, : self.width]
         return self._quantise(x, self.plan.along, True)
 
-    @cached_property
+    @property
     def kept(self) -> Operand | Dropped:
-        if self._keep_all:
-            return self
+        return self if self._keep_all else self._kept  # an object that holds itself is freed late
+
+    @cached_property
+    def _kept(self) -> Operand | Dropped:
         if self.plan.own.keep == "recomputed":
             return Dropped()
         own = (self.source, self.width, self._dtype)

@@ -202,14 +202,14 @@ def _quantising(change: Callable[[Single, Quantiser, tuple[int, int]], tuple[Arr
     """The recipe with another way to codes and scales, where the mistake can be made."""
 
     class Wrong(Noting):
-        def quantise(self, x: Array, rule: Rule, transposed: bool) -> Rows:
+        def made(self, x: Array, rule: Rule, transposed: bool) -> Rows:
             right = quantised(x, rule)
             single = np.asarray(x, np.float32)
-            made = None
+            found = None
             if right.format is E4M3:
                 with np.errstate(all="ignore"):
-                    made = change(single, QUANTISERS[rule.scale], right.tile)
-            wrong = right if made is None else Quantised(made[0], made[1], right.tile)
+                    found = change(single, QUANTISERS[rule.scale], right.tile)
+            wrong = right if found is None else Quantised(found[0], found[1], right.tile)
             return rows(wrong.transposed if transposed else wrong)
 
     return Wrong

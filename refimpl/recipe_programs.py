@@ -1,4 +1,4 @@
-"""A component run in a recipe, GEMM by GEMM.  SPEC CASE-7, RECIPE-13.
+"""A component run in a recipe, GEMM by GEMM.  SPEC CASE-7, CASE-17.
 
     PATH.SITE            the values that are quantised, as float32
     PATH.SITE.codes      what is kept of them, or what Dgrad reads; their scales are .codes_scale

@@ -1,6 +1,6 @@
 """Cases of a recipe: a component computed GEMM by GEMM, with everything that its GEMMs read and make.
 
-SPEC CASE-14.  Codes, scales and products are bits; what is between them are numbers, which hold within eight
+SPEC CASE-17.  Codes, scales and products are bits; what is between them are numbers, which hold within eight
 times the largest error of the recipe's zoo, relative to |y| + rms(y) for an element, to rms(y) for all
 together, and as a common factor.
 """

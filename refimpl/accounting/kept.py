@@ -1,4 +1,4 @@
-"""What backward needs, predicted from the rules: bytes kept by site.  SPEC RECIPE-16, RECIPE-17.
+"""What backward needs, predicted from the rules: bytes kept by site.  SPEC RECIPE-14, RECIPE-15.
 
     unit    the embedding, one decoder layer, the head with its loss, one MTP module with its loss
     kept    what its forward pass keeps, by site

@@ -1,4 +1,4 @@
-"""How many tokens of which kind a pass has, on which bytes depend.  SPEC RECIPE-16."""
+"""How many tokens of which kind a pass has, on which bytes depend.  SPEC RECIPE-14."""
 
 from __future__ import annotations
 

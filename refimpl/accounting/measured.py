@@ -1,4 +1,4 @@
-"""What a forward pass did keep, counted: a walk over what its layers saved.  SPEC RECIPE-16.
+"""What a forward pass did keep, counted: a walk over what its layers saved.  SPEC RECIPE-14.
 
 Operands and kept values count as they say (`nbytes`), other arrays with four bytes an element, and what
 several fields share counts once.  A trace would be counted too: results are made with trace=().

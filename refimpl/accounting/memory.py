@@ -1,4 +1,4 @@
-"""The memory of training under several recipes, side by side.  SPEC RECIPE-16 to RECIPE-18."""
+"""The memory of training under several recipes, side by side.  SPEC RECIPE-14 to RECIPE-16."""
 
 from __future__ import annotations
 

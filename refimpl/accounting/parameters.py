@@ -1,4 +1,4 @@
-"""Bytes of parameters while they are trained.  SPEC RECIPE-18.
+"""Bytes of parameters while they are trained.  SPEC RECIPE-16.
 
 A weight is there as it is read (codes with scales, or numbers), as the master that the optimiser updates,
 with its gradient and its two moments.  Where a GEMM reads codes these stand in for the weight in numbers.

@@ -1,4 +1,4 @@
-"""Bytes of a value at a site, as a recipe keeps it.  SPEC RECIPE-16."""
+"""Bytes of a value at a site, as a recipe keeps it.  SPEC RECIPE-14."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from refimpl.numerics.tensorcore import values
 Array = NDArray[np.float64]
 
 BLOCK: Final = 128  # codes that share a scale
-# Rows and columns of a tile: alone, what is made of one stays in the second cache; beside other threads, which
+# Rows and columns of a tile: alone, what is made of one stays in the second cache; beside other threads, that
 # wait for Python's lock between operations, they are longer.
 ALONE: Final = (64, 256)
 BESIDE: Final = (128, 512)

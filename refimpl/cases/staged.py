@@ -7,6 +7,7 @@ together, and as a common factor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
@@ -22,6 +23,7 @@ from refimpl.cases.format import PROBE, REQUIRED, Case, Tensor
 from refimpl.cases.judge import Distance, Tolerance, measure
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.contraction import sum_
 from refimpl.numerics.float32 import to_bf16
 from refimpl.numerics.formats import decode
 from refimpl.numerics.precision import recipe as ready
@@ -31,7 +33,7 @@ from refimpl.setting import Setting
 from refimpl.variants.zoo.recipes import RECIPE_ZOO
 
 TIMES: Final = 8.0
-ONCE: Final = (2.0**-8, 2.0**-8 / 3**0.5, 2.0**-12)  # of results that are stored once in BF16
+ONCE: Final = (2.0**-8, 2.0**-8 / math.sqrt(3.0), 2.0**-12)  # of results that are stored once in BF16
 SAMPLES: Final = 16  # of a large tensor; whoever judges computes all of it again
 _OMITTED: Final = (".slots", ".scores", ".probs", ".q_pe", ".k_pe")
 _TEXT: Final = (
@@ -164,7 +166,8 @@ def _measured(ours: Array, theirs: Array, three: tuple[float, float, float]) -> 
 
 def _rms(x: Array) -> float:
     largest = float(np.abs(x).max(initial=0.0)) or 1.0
-    return float(np.sqrt(np.mean((x / largest) ** 2))) * largest
+    y = x / largest
+    return math.sqrt(float(sum_(y * y)) / y.size) * largest
 
 
 def _tensor(name: str, role: str, codes: Array, dtype: str) -> Tensor:

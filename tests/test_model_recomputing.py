@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,7 @@ def test_the_most_that_is_held_is_what_the_rules_say(recipe: Recipe, changes: di
     assert measured_peak(model, result) == peak(asked)
 
 
+@cache
 def gradients(recipe: Recipe) -> dict[str, Array]:
     model, result = run(CFG, with_rules(recipe))
     return dict(model.backward(result))

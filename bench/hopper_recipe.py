@@ -1,6 +1,6 @@
 """Linears and one expert of V3's width in the recipe v3-fp8 on a Hopper GPU, against the recipe's arithmetic.
 
-    python bench/hopper_recipe.py [--seed N] [--tokens N] [--quick] [--without-gpu] [--out FILE]
+    python bench/hopper_recipe.py [--seed N] [--quick] [--without-gpu] [--out FILE]
 
 hopper_recipe_chain.py runs each component forward and backward on the GPU, with torch and two products in
 hardware FP8: cuBLAS's block-scaled one and the hand-written wgmma kernel of hopper.cu.  Here every tensor is
@@ -9,10 +9,11 @@ judged twice, bit for bit:
     stage by stage   as made from the GPU's own tensors before it, so that no difference is carried on
     chained          as the recipe makes it from the same input by itself
 
-In how many parts cuBLAS splits K it does not say: the smallest number that fits the first rows is taken, and
-the whole product is held to it.  Writes hopper_recipe.md; needs torch with CUDA, and nvcc.
+In which order cuBLAS adds, and in how many parts of K, it does not say: rows of GEMM-1 that fit its first
+values are looked for, and the whole product is held to the first of them.  Writes hopper_recipe.md; needs
+torch with CUDA, and nvcc.
 Exit status: 0 all agrees that has to, 1 some does not, 2 it could not be tried.  Not bit for bit is only what
-a SwiGLU in float32 makes (`Row.close`), and what follows from it, or from a split of K, when chained.
+a SwiGLU in float32 makes (`Row.close`), and what follows from it, or from another order, when chained.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from refimpl.setting import Setting  # noqa: E402
 RECIPE = "v3-fp8"
 LAYER = "model.layers.3"
 SWIGLU = (".act", ".down_proj.in", ".down_proj.in.again", ".gate_proj.dy", ".up_proj.dy")  # what it makes
-SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+ORDERS = [(kernel, parts) for parts in (1, 2, 3, 4, 5, 6, 7, 8) for kernel in ("deepgemm", "triton_wgmma")]
 ROUNDINGS = 8  # of a gradient of SwiGLU in float32: exp, 1 +, 1 /, 1 -, products, a sum
 PIECE = 192  # rows of an operand that a process takes at a time
 
@@ -66,6 +67,7 @@ class Case:
     path: str
     width: int  # of x
     inner: int  # of a linear's output, or of the expert
+    tokens: int  # a multiple of 64
 
     @property
     def weights(self) -> dict[str, tuple[int, int]]:
@@ -83,14 +85,15 @@ class Case:
 
 
 CASES = (
-    Case("kv_a_proj", "linear", f"{LAYER}.self_attn.kv_a_proj_with_mqa", 7168, 576),
-    Case("o_proj", "linear", f"{LAYER}.self_attn.o_proj", 16384, 7168),
-    Case("expert", "mlp", f"{LAYER}.mlp.experts.3", 7168, 2048),
+    Case("kv_a_proj", "linear", f"{LAYER}.self_attn.kv_a_proj_with_mqa", 7168, 576, 1088),
+    Case("o_proj", "linear", f"{LAYER}.self_attn.o_proj", 16384, 7168, 192),
+    Case("expert", "mlp", f"{LAYER}.mlp.experts.3", 7168, 2048, 192),
 )
+Order = tuple[str, int]  # a kernel of GEMM-1 that adds as it does, and the parts of K
 SMALL = ((512, 192), (640, 384), (384, 256))
 
 
-def drawn(rng: np.random.Generator, case: Case, tokens: int) -> dict[str, Array]:
+def drawn(rng: np.random.Generator, case: Case) -> dict[str, Array]:
     """Numbers of BF16: tokens and channels of different size, a token of zeros, a channel far outside."""
 
     def tensor(rows: int, columns: int, size: float) -> Array:
@@ -99,7 +102,7 @@ def drawn(rng: np.random.Generator, case: Case, tokens: int) -> dict[str, Array]
         made[3 % rows], made[:, 5 % columns] = 0.0, made[:, 5 % columns] * 64
         return round_to(made, BF16).astype(np.float32)
 
-    given = {"x": tensor(tokens, case.width, 1.0), "dy": tensor(tokens, case.out, 2.0**-9)}
+    given = {"x": tensor(case.tokens, case.width, 1.0), "dy": tensor(case.tokens, case.out, 2.0**-9)}
     return given | {
         name: round_to(rng.standard_normal(shape) * 0.02, BF16).astype(np.float32)
         for name, shape in case.weights.items()
@@ -115,9 +118,9 @@ class Emulation:
         self.folder, self.done = folder, dict[str, Array]()
         list(self.pool.map(abs, range(1000)))
 
-    def __call__(self, a: Rows, b: Rows, split: int = 1) -> Array:
+    def __call__(self, a: Rows, b: Rows, order: Order) -> Array:
         given = [np.ascontiguousarray(x) for x in (a.codes, a.scales, b.codes, b.scales)]
-        key = hashlib.blake2b(str((split, [x.shape for x in given])).encode())
+        key = hashlib.blake2b(str((order, [x.shape for x in given])).encode())
         for x in given:
             key.update(x)
         name = key.hexdigest()[:32]
@@ -127,52 +130,66 @@ class Emulation:
                 np.save(file, x)
             wide = len(b.codes) > len(a.codes)
             rows = range(0, max(len(a.codes), len(b.codes)), PIECE)
-            parts = self.pool.map(_piece, [(files, wide, at, split) for at in rows])
+            parts = self.pool.map(_piece, [(files, wide, at, order) for at in rows])
             self.done[name] = np.concatenate(list(parts), axis=int(wide))
             for file in files:
                 Path(file).unlink()
         return self.done[name]
 
 
-def _piece(work: tuple[list[str], bool, int, int]) -> Array:
-    files, wide, at, split = work
+def _piece(work: tuple[list[str], bool, int, Order]) -> Array:
+    files, wide, at, order = work
     a, sa, b, sb = (np.load(file, mmap_mode="r") for file in files)
     part = slice(at, at + PIECE)
     a, sa, b, sb = (a, sa, b[part], sb[part]) if wide else (a[part], sa[part], b, sb)
-    return of(Rows(a, sa, "e4m3"), Rows(b, sb, "e4m3"), split)
+    return product(Rows(a, sa, "e4m3"), Rows(b, sb, "e4m3"), order)
 
 
-def of(a: Rows, b: Rows, split: int) -> Array:
-    plain = (np.asarray(x) for x in (a.codes, a.scales, b.codes, b.scales))
-    made: Any = gemm_fp8(*plain, "deepgemm" if split == 1 else "cublas", split=split)
-    return canonical(made)
+def product(a: Rows, b: Rows, order: Order) -> Array:
+    """a b^T as a kernel of GEMM-1 adds, in equal parts of K."""
+    kernel, parts = order
+    size = a.scales.shape[1] // parts
+
+    def of(part: int) -> Array:
+        blocks = slice(part * size, part * size + size)
+        codes = slice(blocks.start * 128, blocks.stop * 128)
+        given = (a.codes[:, codes], a.scales[:, blocks], b.codes[:, codes], b.scales[:, blocks])
+        made: Any = gemm_fp8(*(np.ascontiguousarray(x) for x in given), kernel)
+        return made
+
+    total = of(0)
+    for part in range(1, parts):
+        total = total + of(part)
+    return canonical(total)
 
 
 class Judge(Noting):
-    """`Noting` whose products are computed on all cores, in as many parts of K as the library's were."""
+    """`Noting` whose products are computed on all cores, in the order that the GPU's were."""
 
     def __init__(self, emulation: Emulation, theirs: dict[str, Array] | None) -> None:
         super().__init__(recipe(RECIPE), theirs)
         self._emulation = emulation
-        self.splits: dict[str, tuple[int, tuple[int, int, int]]] = {}  # GEMM -> parts, shape
+        self.orders: dict[str, tuple[list[Order], tuple[int, int, int]]] = {}  # GEMM -> what fits, shape
 
     def gemm(self, site: str, a: Rows, b: Rows) -> Array:
         name = f"{self._state.path}.{site.rpartition('.')[2]}"
         a, b = self._read(f"{name}.a", a), self._read(f"{name}.b", b)
         theirs = self._state.theirs.get(f"{name}.d")
-        split = 1 if theirs is None else fitting(a, b, theirs)
-        self.splits[name] = split, (len(a.codes), len(b.codes), a.codes.shape[1])
-        return self.array(self._meet(f"{name}.d", PRODUCT, self._emulation(a, b, split)))
+        orders = ORDERS[:1] if theirs is None else fitting(a, b, theirs)
+        self.orders[name] = orders, (len(a.codes), len(b.codes), a.codes.shape[1])
+        made = self._emulation(a, b, (orders or ORDERS)[0])
+        return self.array(self._meet(f"{name}.d", PRODUCT, made))
 
 
-def fitting(a: Rows, b: Rows, found: Array) -> int:
-    """The smallest number of parts of K that gives the first values, or 1."""
+def fitting(a: Rows, b: Rows, found: Array) -> list[Order]:
+    """The orders that give the first values, in the smallest number of parts that does."""
     some = [Rows(x.codes[:n], x.scales[:n], x.format) for x, n in ((a, 16), (b, 64))]
-    blocks = a.codes.shape[1] // 128
-    for split in SPLITS:
-        if blocks % split == 0 and differing(of(*some, split), found[:16, :64]) == 0:
-            return split
-    return 1
+    fit: list[Order] = []
+    for order in ORDERS:
+        apart = a.scales.shape[1] % order[1] or (fit and fit[0][1] < order[1])
+        if not apart and differing(product(*some, order), found[:16, :64]) == 0:
+            fit.append(order)
+    return fit
 
 
 def differing(ours: Array, theirs: Array) -> int:
@@ -232,7 +249,7 @@ class Result:
     way: str
     wide: str
     rows: list[Row]
-    splits: dict[str, tuple[int, tuple[int, int, int]]]
+    orders: dict[str, tuple[list[Order], tuple[int, int, int]]]
 
     @property
     def single(self) -> bool:
@@ -243,7 +260,7 @@ class Result:
     def holds(self) -> bool:
         allowed = SWIGLU if self.single else ()
         stages = all(row.close if row.name.endswith(allowed) else not row.stage for row in self.rows)
-        as_recipe = not self.single and all(split == 1 for split, _ in self.splits.values())
+        as_recipe = not self.single and all(ORDERS[0] in fit for fit, _ in self.orders.values())
         return stages and not (as_recipe and any(row.chained for row in self.rows))
 
 
@@ -292,7 +309,7 @@ def judged(case: Case, given: dict[str, Array], folder: Path, emulation: Emulati
             far = distance(m.ours, m.theirs, size.get(name, m.ours)) if differs else 0.0
             rows.append(Row(name, m.kind, m.ours.size, stage, chained, far))
         way, _, wide = at.name.rpartition("-")
-        results.append(Result(case, way, wide, rows, ar.splits))
+        results.append(Result(case, way, wide, rows, ar.orders))
         stages, chained = sum(row.stage for row in rows), sum(row.chained for row in rows)
         print(f"{case.name} {at.name}: {stages} differ, chained {chained}", flush=True)
     return results
@@ -301,7 +318,6 @@ def judged(case: Case, given: dict[str, Array], folder: Path, emulation: Emulati
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=192, help="a multiple of 64")
     parser.add_argument("--quick", action="store_true", help="small widths")
     parser.add_argument(
         "--without-gpu", action="store_true", help="emulated on both sides: tries the script out"
@@ -311,13 +327,13 @@ def main() -> int:
     cases = CASES
     if options.quick:
         pairs = zip(CASES, SMALL, strict=True)
-        cases = tuple(replace(case, width=width, inner=inner) for case, (width, inner) in pairs)
+        cases = tuple(replace(case, width=width, inner=inner, tokens=192) for case, (width, inner) in pairs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         emulation = Emulation(folder)
         given = {}
         for i, case in enumerate(cases):
-            given[case.name] = drawn(np.random.default_rng([options.seed, i]), case, options.tokens)
+            given[case.name] = drawn(np.random.default_rng([options.seed, i]), case)
             (folder / case.name).mkdir()
             for key, x in given[case.name].items():
                 np.save(folder / case.name / f"{key}.npy", x)

@@ -16,7 +16,7 @@ def page(results: list[Any], about: dict[str, Any], options: argparse.Namespace,
     lines = [
         "# The recipe v3-fp8 on a Hopper GPU",
         "",
-        f"`python bench/hopper_recipe.py --seed {options.seed} --tokens {options.tokens}{quick}` on {day}: "
+        f"`python bench/hopper_recipe.py --seed {options.seed}{quick}` on {day}: "
         f"{about['device']}{cuda}. Inputs are random numbers in BF16 whose tokens and channels differ in "
         "size, with a token of zeros and a channel far outside; backward starts from a random gradient. "
         "Differences are counted bit for bit.",
@@ -35,10 +35,11 @@ def page(results: list[Any], about: dict[str, Any], options: argparse.Namespace,
         "",
         "## The GEMMs",
         "",
-        "`parts` of K is what fits cuBLAS's values (SPEC GEMM-1, `cublas`; 1 is DeepGEMM's order). The "
-        "hand-written kernel has one part everywhere.",
+        "The order is the row of SPEC GEMM-1 that gives cuBLAS's values, or two rows where scales are powers "
+        "of two and both give the same; parts are equal ones of K, whose results are added in turn. The "
+        "hand-written kernel adds as `deepgemm`.",
         "",
-        "| component | GEMM | M x N x K | parts | values | differ: cuBLAS | wgmma | cuBLAS's kernel |",
+        "| component | GEMM | M x N x K | order | values | differ: cuBLAS | wgmma | cuBLAS's kernel |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [line for r in results for line in _gemms(r, results, about)]
@@ -85,16 +86,21 @@ def _gemms(r: Any, results: list[Any], about: dict[str, Any]) -> list[str]:
     hand = next((o for o in results if o.case == r.case and o.way == "wgmma" and o.wide == wide), None)
     other = {row.name: row for row in hand.rows} if hand else {}
     lines = []
-    for name, (split, shape) in r.splits.items():
+    for name, (orders, shape) in r.orders.items():
         row = own[f"{name}.d"]
         kernel = about["kernels"].get(r.case.name, {}).get(name, "")
         theirs = f"{other[f'{name}.d'].stage:,}" if other else ""
         short = ".".join(name.removeprefix(r.case.path).strip(".").split("."))
         lines.append(
-            f"| {r.case.name} | {short} | {' x '.join(map(str, shape))} | {split} | {row.values:,} "
+            f"| {r.case.name} | {short} | {' x '.join(map(str, shape))} | {_order(orders)} | {row.values:,} "
             f"| {row.stage:,} | {theirs} | {kernel} |"
         )
     return lines
+
+
+def _order(orders: list[tuple[str, int]]) -> str:
+    parts = f", {orders[0][1]} parts" if orders and orders[0][1] > 1 else ""
+    return " or ".join(f"`{kernel}`" for kernel, _ in orders) + parts if orders else "none fits"
 
 
 def _begins(results: list[Any]) -> list[str]:
@@ -102,7 +108,9 @@ def _begins(results: list[Any]) -> list[str]:
     lines = []
     for r in results:
         wrong = [row for row in r.rows if row.chained][:4]
-        names = ", ".join(f"`{row.name.removeprefix(r.case.path).strip('.')}` {_one(row)}" for row in wrong)
+        names = ", ".join(
+            f"`{row.name.removeprefix(r.case.path).strip('.') or 'y'}` {_one(row)}" for row in wrong
+        )
         lines.append(
             f"- {', '.join(part for part in _first(r).split(' | ') if part.strip())}: {names or 'none'}"
         )
@@ -114,7 +122,7 @@ def _swiglu(results: list[Any]) -> list[str]:
     lines = []
     for r in results:
         for row in r.rows:
-            if r.single and row.stage:
+            if r.single and row.stage and not row.name.endswith(".act"):  # which is the input of down_proj
                 name = row.name.removeprefix(r.case.path).strip(".")
                 far = f"{row.distance * 2**24:.1f} units" if name.endswith("dy") else f"{row.distance:.1e}"
                 lines.append(f"| {WAYS[r.way]} | `{name}` | {row.stage:,} of {row.values:,} | {far} |")
@@ -126,7 +134,8 @@ def _swiglu(results: list[Any]) -> list[str]:
         "gradients of its inputs to float32 on the way to their codes. In float32 there are roundings in "
         "between. The largest difference of a value in BF16 is relative to itself, of a gradient to the "
         "terms of its sum, in units of 2^-24. A gradient that is the largest of its tile hands its last bit "
-        "to the tile's scale, and with it to the products.",
+        "to the tile's scale, and with it to the products; a code that differs reaches all outputs of its "
+        "token.",
         "",
         "| products by | tensor | differ | largest difference |",
         "|---|---|---|---|",

@@ -19,6 +19,7 @@ ORDER = (
     "cases",
     "variants",
     "programs",
+    "pipeline",
     "training",
     "model",
     "layers",
@@ -27,7 +28,7 @@ ORDER = (
     "numerics",
     "errors",
 )
-MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
+MODEL = ("model", "units", "losses", "inputs", "parameters", "prepared")  # the modules of the layer `model`
 PROGRAMS = ("programs", "setting", "training_programs")  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 

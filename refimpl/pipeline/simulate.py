@@ -235,13 +235,13 @@ def _well_formed(schedule: Schedule) -> None:
             or not 0 <= action.microbatch < microbatches
         ):
             raise Invalid(
-                f"rank {rank} has at position {position} the {said(action)}, but the kinds are {', '.join(KINDS)}, "
-                f"and there are {stages} stages and {microbatches} microbatches, counted from 0"
+                f"rank {rank} has at position {position} the {said(action)}, but there are the kinds F, B, I "
+                f"and W, {stages} stages and {microbatches} microbatches, counted from 0"
             )
         for result in made(action):
             if result in seen:
                 raise Invalid(
-                    f"rank {rank} makes at position {position} the {said(result)} again, but each is made once"
+                    f"rank {rank} makes at position {position} the {said(result)} again, which is made once"
                 )
             seen.add(result)
 

@@ -129,11 +129,11 @@ class TestDeferred:
 
     def test_what_waits_keeps_its_place_among_the_contributions(self) -> None:
         grads = Gradients(FLOAT64, deferred=True)
-        one = np.ones((1, 1))
-        grads.weight("e", 0, Operand(2.0**60 * one), Operand(one))
-        grads.rows("e", 0, np.array([0]), -(2.0**60) * one, 1)
-        grads.weight("e", 0, Operand(one), Operand(one))
-        assert grads.reduce()["e"].item() == 1.0  # (2^60 - 2^60) + 1; what waits, put last, would lose the 1
+        one, large = np.ones((1, 1)), np.full((1, 1), 2.0**60)
+        for waits, does_not in ((one, large), (-large, one)):
+            grads.weight("e", 0, Operand(waits), Operand(one))
+            grads.rows("e", 0, np.array([0]), does_not, 1)
+        assert grads.reduce()["e"].item() == 1.0  # ((1 + 2^60) - 2^60) + 1; put last it would give 0
 
     def test_exact_microbatches_are_contracted_once_when_read(self) -> None:
         ar = Counting()

@@ -19,6 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from refimpl.errors import Invalid
+
+MOST = 2**20  # forwards in a schedule, ranks * chunks * microbatches: some 300 MB of actions
+
 
 class Action(NamedTuple):
     """One piece of work; kind is F, B, I or W."""
@@ -95,3 +99,12 @@ def mirrored(ranks: int) -> tuple[tuple[int, ...], ...]:
 def numbered(entries: Sequence[Sequence[Entry]]) -> tuple[tuple[Entry, ...], ...]:
     """Lists of entries as a schedule holds them."""
     return tuple(tuple(own) for own in entries)
+
+
+def bounded(ranks: int, microbatches: int, chunks: int) -> None:
+    """Refuse a schedule that is too large to be meant, before anything is made for it."""
+    if ranks * microbatches * chunks > MOST:
+        raise Invalid(
+            f"{ranks} ranks with {chunks} stage(s) each and {microbatches} microbatches make "
+            f"{ranks * microbatches * chunks} forwards, but a schedule may have at most {MOST}"
+        )

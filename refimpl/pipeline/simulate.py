@@ -12,7 +12,7 @@ list of ranks to look at again, in time linear in the number of actions, and `ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
@@ -85,43 +85,56 @@ class Durations:
 
 
 class Step(NamedTuple):
-    """An entry and what it needs: (place in the sequence, whether another rank makes it)."""
+    """An entry and the places in the sequence of those that it needs."""
 
     rank: int
     entry: Entry
-    needs: tuple[tuple[int, bool], ...]
+    needs: tuple[int, ...]
 
 
-def made(entry: Entry) -> Iterator[Action]:
-    """The results of an entry: F an output, I an input gradient, W weight gradients; B is I and W in one."""
-    for action in entry.parts:
-        if action.kind == "B":
-            yield action._replace(kind="I")
-            yield action._replace(kind="W")
-        else:
-            yield action
+class Results:
+    """What actions make, as numbers: F an output, I an input gradient, W weight gradients; B makes two."""
 
+    def __init__(self, schedule: Schedule) -> None:
+        self.stages, self.microbatches = schedule.stages, schedule.microbatches
 
-def needed(entry: Entry, stages: int) -> Iterator[Action]:
-    """The results that must be there before an entry starts."""
-    for kind, stage, microbatch in entry.parts:
-        if kind == "W":
-            yield Action("I", stage, microbatch)
-        elif kind == "F":
-            if stage > 0:
-                yield Action("F", stage - 1, microbatch)
-        else:
-            yield Action("F", stage, microbatch)
-            if stage < stages - 1:
-                yield Action("I", stage + 1, microbatch)
+    def number(self, kind: str, stage: int, microbatch: int) -> int:
+        return 3 * (stage * self.microbatches + microbatch) + "FIW".index(kind)
+
+    def said(self, number: int) -> str:
+        (stage, microbatch), kind = divmod(number // 3, self.microbatches), "FIW"[number % 3]
+        return said(Action(kind, stage, microbatch))
+
+    def made(self, entry: Entry) -> list[int]:
+        """The results of an entry."""
+        results = []
+        for kind, stage, microbatch in entry.parts:
+            results += [self.number(made, stage, microbatch) for made in ("IW" if kind == "B" else kind)]
+        return results
+
+    def needed(self, entry: Entry) -> list[int]:
+        """The results that must be there before an entry starts."""
+        results = []
+        for kind, stage, microbatch in entry.parts:
+            if kind == "W":
+                results.append(self.number("I", stage, microbatch))
+            elif kind == "F":
+                if stage > 0:
+                    results.append(self.number("F", stage - 1, microbatch))
+            else:
+                results.append(self.number("F", stage, microbatch))
+                if stage < self.stages - 1:
+                    results.append(self.number("I", stage + 1, microbatch))
+        return results
 
 
 def sequence(schedule: Schedule) -> tuple[Step, ...]:
     """All entries in an order in which each finds what it needs.  Raises Invalid if some never do."""
     _well_formed(schedule)
+    results = Results(schedule)
     steps: list[Step] = []
-    there: dict[Action, int] = {}  # a result -> the place of the step that makes it
-    waits: dict[Action, list[int]] = {}  # a result -> the ranks that cannot go on without it
+    there: dict[int, int] = {}  # a result -> the place of the step that makes it
+    waits: dict[int, list[int]] = {}  # a result -> the ranks that cannot go on without it
     position = [0] * schedule.size
     looked_at = list(reversed(range(schedule.size)))
     while looked_at:
@@ -129,21 +142,19 @@ def sequence(schedule: Schedule) -> tuple[Step, ...]:
         own = schedule.ranks[rank]
         while position[rank] < len(own):
             entry = own[position[rank]]
-            results = tuple(needed(entry, schedule.stages))
-            missing = next((result for result in results if result not in there), None)
+            needed = results.needed(entry)
+            missing = next((result for result in needed if result not in there), None)
             if missing is not None:
                 waits.setdefault(missing, []).append(rank)
                 break
-            needs = tuple((there[result], steps[there[result]].rank != rank) for result in results)
-            for result in made(entry):
+            for result in results.made(entry):
                 there[result] = len(steps)
                 looked_at += waits.pop(result, ())
-            steps.append(Step(rank, entry, needs))
+            steps.append(Step(rank, entry, tuple(there[result] for result in needed)))
             position[rank] += 1
     if waits:
-        raise Invalid(
-            _deadlock(schedule, position, {r: what for what, ranks in waits.items() for r in ranks})
-        )
+        missing_of = {rank: result for result, ranks in waits.items() for rank in ranks}
+        raise Invalid(_deadlock(schedule, position, missing_of))
     return tuple(steps)
 
 
@@ -160,8 +171,8 @@ def timed(schedule: Schedule, steps: Sequence[Step], durations: Durations) -> Ti
     ends: list[int] = []
     for rank, entry, needs in steps:
         begin = free[rank]
-        for place, elsewhere in needs:
-            begin = max(begin, ends[place] + (durations.latency if elsewhere else 0))
+        for place in needs:
+            begin = max(begin, ends[place] + (durations.latency if steps[place].rank != rank else 0))
         free[rank] = begin + durations.of(entry)
         ends.append(free[rank])
         start[rank].append(begin)
@@ -227,7 +238,7 @@ def said(action: Action) -> str:
 def _well_formed(schedule: Schedule) -> None:
     """Known kinds, stages and microbatches, and nothing done twice."""
     stages, microbatches = schedule.stages, schedule.microbatches
-    seen: set[Action] = set()
+    results, seen = Results(schedule), set[int]()
     for rank, position, action in schedule.actions():
         if (
             action.kind not in KINDS
@@ -238,24 +249,29 @@ def _well_formed(schedule: Schedule) -> None:
                 f"rank {rank} has at position {position} the {said(action)}, but there are the kinds F, B, I "
                 f"and W, {stages} stages and {microbatches} microbatches, counted from 0"
             )
-        for result in made(action):
+        for result in results.made(action):
             if result in seen:
                 raise Invalid(
-                    f"rank {rank} makes at position {position} the {said(result)} again, which is made once"
+                    f"rank {rank} makes at position {position} the {results.said(result)} again, "
+                    f"but each is made once"
                 )
             seen.add(result)
 
 
-def _deadlock(schedule: Schedule, position: Sequence[int], missing: dict[int, Action]) -> str:
+def _deadlock(schedule: Schedule, position: Sequence[int], missing: dict[int, int]) -> str:
     """The sentence that names what waits for what, until nobody makes it or the waits close a circle."""
+    results = Results(schedule)
     makers = {
-        result: rank for rank, own in enumerate(schedule.ranks) for entry in own for result in made(entry)
+        result: rank
+        for rank, own in enumerate(schedule.ranks)
+        for entry in own
+        for result in results.made(entry)
     }
     rank, links, passed = min(missing), [], set()
     while rank not in passed:
         passed.add(rank)
         result = missing[rank]
-        links.append(f"rank {rank} waits at position {position[rank]} for the {said(result)}")
+        links.append(f"rank {rank} waits at position {position[rank]} for the {results.said(result)}")
         if result not in makers:
             return f"the schedule cannot go on: {', '.join(links)}, which no rank makes"
         rank = makers[result]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from refimpl.errors import Invalid
+from refimpl.pipeline.rules import RULES
 from refimpl.pipeline.simulate import Durations, Timeline
 
 IDLE, SPAN = "idle", "idle within span"
@@ -76,8 +77,7 @@ def published(
 def closed(
     name: str, ranks: int, microbatches: int, durations: Durations, chunks: int | None = None
 ) -> Closed:
-    """The idle of each rank for any durations, and whether that is true here.  Raises Invalid for an unknown
-    name."""
+    """Each rank's idle for any durations, and whether it is that here.  Raises Invalid for no known name."""
     point, alike = _point(name, ranks, microbatches, durations, chunks)
     formula = CLOSED[name]
     broken = [text for met, text in (*alike, *formula.region(point)) if not met]
@@ -102,7 +102,9 @@ def _point(
     scale = scales.pop() if len(scales) == 1 else 1
     times = {kind: scale * getattr(durations, kind) for kind in ("F", "I", "W", "B", "FB")}
     even = replace(durations, **times, scale=())
-    return Point(ranks, microbatches, chunks or 1, even), [(not scales, "stages of the same scale")]
+    return Point(ranks, microbatches, chunks or RULES[name].chunks, even), [
+        (not scales, "stages of the same scale")
+    ]
 
 
 # What is published

@@ -13,8 +13,8 @@ direction 1, for the same M microbatches; otherwise the eight steps are DualPipe
     8.  r+1 times           W
 
 `DualPipeV.step` of deepseek-ai/DualPipe, after Sea AI Lab's "cut in half"; PyTorch's ScheduleDualPipeV is the
-same order.  M >= 2P, and M need not be even.  The warm-up is steps 1 and 2: 2P-r-1 forwards of direction 0 and
-r+1 of direction 1.  At most 2P+1 pairs of stage and microbatch are alive on a rank.
+same order.  M >= 2P, and M need not be even.  The warm-up is steps 1 and 2: 2P-r-1 forwards of direction 0
+and r+1 of direction 1.  At most 2P+1 pairs of stage and microbatch are alive on a rank.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def group_size(ranks: int, microbatches: int, group: int | None) -> int:
         rounds = max(1, microbatches // ranks)
         if microbatches % rounds:
             raise Invalid(
-                f"interleaved without a group size needs equal rounds, microbatches // ranks = {rounds} of them, "
-                f"but {microbatches} microbatches are not a multiple of {rounds}"
+                f"interleaved without a group size needs microbatches // ranks = {rounds} equal rounds, but "
+                f"{microbatches} is not a multiple of {rounds}"
             )
         return microbatches // rounds
     if not ranks <= group <= microbatches:

@@ -328,7 +328,7 @@ def test_blocks_are_those_of_vllm_s_documentation() -> None:
 
 @given(plans(), st.integers(1, 5))
 def test_layouts_and_back_give_every_slot_its_own_token(plan, alignment) -> None:
-    """Filled on each rank, multiplied by the expert's number, emptied: slot (t, k) has x[t] (idx[t, k] + 1)."""
+    """Filled on each rank, times the expert's number + 1, emptied: each slot has its own token times that."""
     tokens, chosen = plan.idx.shape
     x = np.arange(1.0, 2 * tokens + 1).reshape(tokens, 2)
     expected = (x[:, None] * (plan.idx[:, :, None] + 1)).reshape(tokens * chosen, 2)

@@ -34,6 +34,7 @@ from refimpl.layers.context import Op, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.model import Model
 from refimpl.numerics.arithmetic import Operand
+from refimpl.numerics.emulated import Emulated
 from refimpl.numerics.gradients import Gradients
 from refimpl.numerics.precision import arithmetic
 from refimpl.numerics.recipe import RECIPES
@@ -99,6 +100,13 @@ def test_every_tensor_and_gradient_has_the_bits_of_the_unsharded_layer(name, cas
     same_bits(layer(over(placement), ar, at, idx), layer(WHOLE, ar, at, idx))
 
 
+@pytest.mark.parametrize("order", ["one by one", "reversed", "tree", "split-K 8", "chunks", "fused", "cut"])
+def test_every_order_of_sums_in_float32_is_that_of_the_unsharded_layer(order) -> None:
+    at, idx = draw(6, 9, 3)
+    ar, placement = Emulated(order), Placement(((5, 0), (), (4, 1, 2), (3,)), 2)
+    same_bits(layer(over(placement), ar, at, idx), layer(WHOLE, ar, at, idx))
+
+
 @settings(max_examples=25)
 @given(case=cases(), deferred=st.booleans())
 def test_tokens_may_live_anywhere_where_order_does_not_matter(case, deferred) -> None:
@@ -108,6 +116,14 @@ def test_tokens_may_live_anywhere_where_order_does_not_matter(case, deferred) ->
     op = over(placement, source=lambda n: source[:n])
     for ar in (EXACT, arithmetic("bf16")):
         same_bits(layer(op, ar, at, idx, deferred=deferred), layer(WHOLE, ar, at, idx))
+
+
+def test_where_order_matters_tokens_that_live_anywhere_differ_by_roundings_only() -> None:
+    at, idx = draw(4, 40, 2)
+    op = over(evenly(4, 4, 2), source=lambda n: np.random.default_rng(2).integers(0, 4, n))
+    one, other = layer(WHOLE, FLOAT64, at, idx), layer(op, FLOAT64, at, idx)
+    assert max(relative_error(other[name], one[name]) for name in one) < 1e-14
+    assert any(bits(other[name]) != bits(one[name]) for name in one)
 
 
 @pytest.mark.parametrize("name", ARITHMETICS)

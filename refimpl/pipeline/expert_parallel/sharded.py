@@ -4,9 +4,10 @@ dispatch    the operand's rows go to the ranks, each token once per rank, as cod
 compute     a rank gathers the rows of its experts from what it received; it has no other weights
 combine     outputs return to their slots and are weighted and summed on the token's rank
 
-Backward: dy goes the way of the tokens and dx that of the results.  An expert sees the same rows as in one
-place, in the order (source rank, token), so everything equals the unsharded layer bit for bit: in `exact` and
-recipes always, on BLAS where the source ranks hold runs of tokens, which leaves their order as it was.
+Backward: dy goes the way of the tokens and dx that of the results.  An expert sees the rows that it sees in
+one place, in the order (source rank, token).  Where source ranks hold runs of tokens that is the order of
+tokens, and everything equals the unsharded layer bit for bit in every arithmetic; wherever tokens live, it does so in
+those in which the order of tokens does not matter (not on BLAS, nor with FP8 tiles along tokens).
 """
 
 from __future__ import annotations

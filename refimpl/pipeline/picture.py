@@ -40,10 +40,10 @@ INK, PAPER, GREY, LINE = "#000000", "#ffffff", "#555555", "#cccccc"
 LABEL, SMALL, LARGEST, SMALLEST = 7.5, 6.5, 7.0, 3.6  # sizes of type, in points
 NARROW: Final = 0.9  # numbers in cells are condensed, as those of a narrow typeface
 DIGIT, AROUND = 0.64 * NARROW, 1.6  # a digit's width in sizes of type, and what stays free around a number
-ROW, STEP, LEFT, EDGE = 13.0, 15.0, 52.0, 8.0
-SWATCH: Final = 10.0
-HEAD, BETWEEN, AXIS, LEGEND = 18.0, 14.0, 28.0, 14.0
+ROW, STEP, EDGE = 13.0, 15.0, 8.0
+LEFT, HEAD, BETWEEN, AXIS, LEGEND, SWATCH = 52.0, 18.0, 14.0, 28.0, 14.0, 10.0
 NARROWEST, WIDEST = 470.0, 1440.0  # of the part that shows time
+GROWN, MOST_GROWN = 800.0, 1.6  # what is wider will be shrunk on paper: its labels grow from here on
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,16 @@ class _Page:
     def __init__(self, charts: Sequence[Chart]) -> None:
         self.scale = Scale.of(charts)
         self.wide = max(one.makespan for one in charts) * self.scale.unit
-        self.top, self.left = EDGE, EDGE + LEFT
-        heads = [_width(one.title, LABEL) * 1.1 + 24 + _width(one.result, LABEL) for one in charts]
+        self.grown = min(MOST_GROWN, max(1.0, self.wide / GROWN))  # whatever is no cell
+        self.small, self.label = SMALL * self.grown, LABEL * self.grown
+        self.top, self.left = EDGE, EDGE + LEFT * self.grown
+        heads = [_width(one.title, self.label) * 1.1 + 24 + _width(one.result, self.label) for one in charts]
         self.right = self.left + max(self.wide, NARROWEST, *heads)
         self.figure: Any = importlib.import_module("matplotlib.figure").Figure(facecolor=PAPER)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
         for number, one in enumerate(charts):
-            self.top += BETWEEN if number else 0.0
+            self.top += BETWEEN * self.grown if number else 0.0
             self.panel(one)
         self.axis()
         self.legend(charts)
@@ -134,15 +136,16 @@ class _Page:
 
     def panel(self, one: Chart) -> None:
         """Title, rows, and what the shades mean."""
-        self.text(self.left, self.top + 6, one.title, LABEL, weight="bold")
-        self.text(self.right, self.top + 6, one.result, LABEL, ha="right")
-        self.top += HEAD
+        middle = self.top + 6 * self.grown
+        self.text(self.left, middle, one.title, self.label, weight="bold")
+        self.text(self.right, middle, one.result, self.label, ha="right")
+        self.top += HEAD * self.grown
         unit = self.scale.unit
         self.boxes(
             [(self.left, self.row(r), one.makespan * unit, ROW) for r in range(one.ranks)], "none", LINE, 0.5
         )
         for rank in range(one.ranks):
-            self.text(self.left - 5, self.row(rank) + ROW / 2, f"Device {rank}", SMALL, ha="right")
+            self.text(self.left - 5, self.row(rank) + ROW / 2, f"Device {rank}", self.small, ha="right")
         colours: dict[str, list[Cell]] = defaultdict(list)
         inks: dict[tuple[str, str], list[Cell]] = defaultdict(list)
         for cell in one.cells:
@@ -168,14 +171,15 @@ class _Page:
         """Time, with round numbers."""
         unit, bottom = self.scale.unit, self.top + 3
         last = round(self.wide / unit)
-        step = _round_step(max(1.0, 40 / unit))
+        step = _round_step(max(1.0, 40 * self.grown / unit))
+        middle = bottom + 8.5 * self.grown
         self.line(self.left, bottom, self.left + self.wide, bottom)
         for time in range(0, last + 1, step):
             x = self.left + time * unit
             self.line(x, bottom, x, bottom + 3)
-            self.text(x, bottom + 8.5, str(time), SMALL, ha="center", color=GREY)
-        self.text(self.left - 14, bottom + 8.5, "time", SMALL, ha="right", color=GREY)
-        self.top += AXIS
+            self.text(x, middle, str(time), self.small, ha="center", color=GREY)
+        self.text(self.left - 14 * self.grown, middle, "time", self.small, ha="right", color=GREY)
+        self.top += AXIS * self.grown
 
     def legend(self, charts: Sequence[Chart]) -> None:
         """A swatch for each kind that occurs, all shades side by side; below it what shades mean."""
@@ -188,23 +192,24 @@ class _Page:
         ]
         if any(one.frames for one in charts):
             entries.append((PAIR, [COLOURS["F"][1], COLOURS["B"][1]], True))
-        x = self.left
+        x, swatch, line = self.left, SWATCH * self.grown, LEGEND * self.grown
         for name, colours, framed in entries:
-            width = SWATCH * len(colours)
-            if x > self.left and x + width + 4 + _width(name, SMALL) > self.right:
-                x, self.top = self.left, self.top + LEGEND
+            width = swatch * len(colours)
+            end = x + width + 0.4 * swatch + _width(name, self.small)
+            if x > self.left and end > self.right:
+                x, end, self.top = self.left, end - x + self.left, self.top + line
             for number, colour in enumerate(colours):
-                self.boxes([(x + SWATCH * number, self.top, SWATCH, 9)], colour, PAPER, 0.3)
+                self.boxes([(x + swatch * number, self.top, swatch, 0.9 * swatch)], colour, PAPER, 0.3)
             if framed:
-                self.boxes([(x, self.top, width, 9)], "none", INK, 0.9)
-            self.text(x + width + 4, self.top + 4.5, name, SMALL)
-            x += width + 18 + _width(name, SMALL)
-        self.top += LEGEND
+                self.boxes([(x, self.top, width, 0.9 * swatch)], "none", INK, 0.9)
+            self.text(x + width + 0.4 * swatch, self.top + 0.45 * swatch, name, self.small)
+            x = end + 1.4 * swatch
+        self.top += line
         for meaning in dict.fromkeys(one.meaning for one in charts if one.meaning):
             names = dict.fromkeys(one.name for one in charts if one.meaning == meaning)
             whose = f"{', '.join(names)}: " if len(charts) > 1 else ""
-            self.text(self.left, self.top + 4.5, whose + meaning, SMALL, color=GREY)
-            self.top += LEGEND
+            self.text(self.left, self.top + 0.45 * swatch, whose + meaning, self.small, color=GREY)
+            self.top += line
 
     def row(self, rank: int) -> float:
         return self.top + STEP * rank

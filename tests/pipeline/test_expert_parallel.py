@@ -96,6 +96,7 @@ def test_tokens_are_spread_in_runs() -> None:
         (lambda: Placement(((), ())), Invalid, ("0 experts",)),
         (lambda: Placement(((0, 1), (1,))), Unsupported, ("expert 1", "rank 0", "rank 1", "redundant")),
         (lambda: by_rank([0, 2], 2), Invalid, ("expert 1", "rank 2", "0 to 1")),
+        (lambda: by_rank([0, 0.5], 2), Invalid, ("expert 1", "rank 0.5", "0 to 1")),
         (lambda: by_rank({0: 0, 2: 0}, 2), Invalid, ("expert 1", "no rank")),
         (lambda: check_experts(config(), evenly(6, 2)), Invalid, ("6 experts", "8")),
         (lambda: dispatch([[0, 4]], evenly(4, 2)), Invalid, ("token 0", "expert 4", "0 to 3")),

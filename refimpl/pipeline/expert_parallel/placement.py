@@ -106,8 +106,8 @@ def by_rank(rank: Sequence[int] | Mapping[int, int], ranks: int, nodes: int = 1)
     pairs = rank.items() if isinstance(rank, Mapping) else enumerate(rank)
     held: list[list[int]] = [[] for _ in range(_positive("ranks", ranks))]
     for expert, own in sorted(pairs):
-        if not 0 <= own < ranks:
-            raise Invalid(f"expert {expert} is on rank {own}, but ranks are 0 to {ranks - 1}.")
+        if not _is_integer(own) or not 0 <= own < ranks:
+            raise Invalid(f"expert {expert} is on rank {own!r}, but ranks are 0 to {ranks - 1}.")
         held[own].append(expert)
     return Placement(_lists(held), nodes)
 
@@ -143,12 +143,16 @@ def _lists(held: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         if isinstance(own, int | np.integer):
             raise Invalid(f"rank {rank} has {own}, but a list of experts is required.")
         for expert in own:
-            if isinstance(expert, bool) or not isinstance(expert, int | np.integer):
+            if not _is_integer(expert):
                 raise Invalid(f"rank {rank} has expert {expert!r}, but experts are integers.")
     return tuple(tuple(int(expert) for expert in own) for own in held)
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise Invalid(f"{name} is {value!r}, but an integer of at least 1 is required.")
     return int(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -6,8 +6,8 @@ combine     outputs return to their slots and are weighted and summed on the tok
 
 Backward: dy goes the way of the tokens and dx that of the results.  An expert sees the rows that it sees in
 one place, in the order (source rank, token).  Where source ranks hold runs of tokens that is the order of
-tokens, and everything equals the unsharded layer bit for bit in every arithmetic.  Wherever tokens live, so it
-does where their order does not matter (not on BLAS, nor with FP8 tiles along tokens).
+tokens, and everything equals the unsharded layer bit for bit in every arithmetic.  Where tokens live in any
+other way it still does, if their order does not matter (on BLAS and to FP8 tiles along tokens it does).
 """
 
 from __future__ import annotations

@@ -163,5 +163,4 @@ def _whole(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= NAME else f"{text[: NAME - 3]}..."
+    return json.dumps(value)[:NAME]

@@ -22,9 +22,11 @@ SHOWN = {"FB": "F&B"}
 def metrics(timeline: Timeline) -> dict[str, Any]:
     """For JSON, under the names of the recordings; whatever is a list has a value for each rank."""
     schedule, found = timeline.schedule, {}
+    counts = _counts(schedule)
     for release in ("I", "W"):
         found[f"release_at_{release}"] = memory.peak(schedule, release)
-        found[f"release_at_{release}_B_frees_before_F_in_FB"] = memory.peak(schedule, release, True)
+        if any(own["FB"] for own in counts):
+            found[f"release_at_{release}_B_frees_before_F_in_FB"] = memory.peak(schedule, release, True)
     told: dict[str, Any] = {
         "durations": asdict(timeline.durations),
         "makespan": timeline.makespan,
@@ -33,7 +35,7 @@ def metrics(timeline: Timeline) -> dict[str, Any]:
         "start": timeline.first,
         "finish": timeline.last,
         "idle_within_span": timeline.idle_within_span,
-        "counts": _counts(schedule),
+        "counts": counts,
         "peak_in_flight": found,
         "parameter_copies": [float(share) for share in _copies(schedule)],
     }

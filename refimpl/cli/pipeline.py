@@ -59,7 +59,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="a Gantt chart, SVG or PNG; - is SVG on standard output"
     )
-    parser.add_argument("--trace", metavar="FILE", help="for Chrome or Perfetto; - is standard output")
+    parser.add_argument(
+        "--trace", dest="chrome", metavar="FILE", help="for Chrome or Perfetto; - is standard output"
+    )
     parser.add_argument("--json", metavar="FILE", help="orders and metrics; - is standard output")
 
 
@@ -118,7 +120,7 @@ def _told(
     """Files first, and then what standard output is for."""
     outputs: list[tuple[str, str | None, Callable[[str], bytes]]] = [
         ("picture", given.plot, lambda name: picture.render(timelines, picture.form(name))),
-        ("trace", given.trace, lambda _: trace.text(timelines).encode()),
+        ("trace", given.chrome, lambda _: trace.text(timelines).encode()),
         ("csv", given.csv, lambda _: as_csv().encode() if as_csv else b""),
         ("json", given.json, lambda _: as_json().encode()),
     ]
@@ -137,7 +139,7 @@ def _told(
 
 def _outputs_possible(given: argparse.Namespace) -> None:
     """Before anything is computed.  Raises Invalid, Unsupported."""
-    names = [name for name in (given.plot, given.trace, given.csv, given.json) if name is not None]
+    names = [name for name in (given.plot, given.chrome, given.csv, given.json) if name is not None]
     if names.count("-") > 1:
         raise Invalid("- is given for several outputs, but only one can be standard output.")
     for name in names:

@@ -140,10 +140,12 @@ def _told(
 def _outputs_possible(given: argparse.Namespace) -> None:
     """Before anything is computed.  Raises Invalid, Unsupported."""
     names = [name for name in (given.plot, given.chrome, given.csv, given.json) if name is not None]
-    if names.count("-") > 1:
-        raise Invalid("- is given for several outputs, but only one can be standard output.")
     for name in names:
-        if name != "-" and not Path(name).parent.is_dir():
+        if names.count(name) > 1:
+            raise Invalid(f"{name} is given for several outputs, but each must have its own.")
+        if not Path(name).name:
+            raise Invalid(f"{name!r} is to be written, but a file must have a name.")
+        if not Path(name).parent.is_dir():
             raise Invalid(f"{name} is to be written, but there is no folder {Path(name).parent}.")
     if given.plot is not None:
         picture.check(given.plot)

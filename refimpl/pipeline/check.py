@@ -57,11 +57,11 @@ def check(schedule: Schedule, ahead: int | None = None) -> list[Finding]:
         Invalid: it claims to be larger than any schedule may be.
     """
     if ahead is not None and ahead < 0:
-        raise Invalid(f"ahead is {ahead}, but has to be at least 0")
+        raise Invalid(f"ahead is {ahead}, but has to be at least 0.")
     if schedule.stages * schedule.microbatches > MOST:
         raise Invalid(
             f"{schedule.stages} stages and {schedule.microbatches} microbatches make "
-            f"{schedule.stages * schedule.microbatches} forwards, but a schedule may have at most {MOST}"
+            f"{schedule.stages * schedule.microbatches} forwards, but a schedule may have at most {MOST}."
         )
     return list(islice(_findings(schedule, ahead), MOST_FINDINGS))
 
@@ -129,7 +129,7 @@ def _each(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
                 elif where[action] != (rank, position) or entry.parts.count(action) > 1:
                     first = where[action]
                     rule = "repeated"
-                    text = f"is done again, after position {first[1]} of rank {first[0]}"
+                    text = f"is done twice, also at position {first[1]} of rank {first[0]}"
                 elif action.stage not in schedule.placement[rank]:
                     rule = "stage"
                     text = f"is on a rank that does not hold the stage; {_holders(schedule, action.stage)}"

@@ -106,5 +106,5 @@ def bounded(ranks: int, microbatches: int, chunks: int) -> None:
     if ranks * microbatches * chunks > MOST:
         raise Invalid(
             f"{ranks} ranks with {chunks} stage(s) each and {microbatches} microbatches make "
-            f"{ranks * microbatches * chunks} forwards, but a schedule may have at most {MOST}"
+            f"{ranks * microbatches * chunks} forwards, but a schedule may have at most {MOST}."
         )

@@ -166,11 +166,17 @@ def receives_ahead(schedule: Schedule) -> int | None:
 
 
 def places(schedule: Schedule) -> dict[Action, Place]:
-    """Where each action is done, the first time."""
+    """Where each action is done: the first time, or where the others of its stage and microbatch are."""
     where: dict[Action, Place] = {}
+    again: list[tuple[Action, Place]] = []
     for rank, position, action in schedule.actions():
-        if known(schedule, action):
-            where.setdefault(action, (rank, position))
+        if known(schedule, action) and where.setdefault(action, (rank, position)) != (rank, position):
+            again.append((action, (rank, position)))
+    for action, place in again:
+        others = [action._replace(kind=kind) for kind in "FBIW" if kind != action.kind]
+        homes = [where[other][0] for other in others if other in where]
+        if homes.count(place[0]) > homes.count(where[action][0]):
+            where[action] = place
     return where
 
 

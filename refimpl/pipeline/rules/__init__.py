@@ -49,7 +49,7 @@ def plan(
         Invalid: no such schedule, or numbers that its rule does not allow.
     """
     if name not in RULES:
-        raise Invalid(f"{name!r} is no schedule; there are {', '.join(RULES)}")
+        raise Invalid(f"{name!r} is no schedule; there are {', '.join(RULES)}.")
     rule = RULES[name]
     free = name == "interleaved"
     numbers = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks, "group": group}
@@ -58,12 +58,12 @@ def plan(
         if number is None and optional:
             continue
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise Invalid(f"{word} is {number!r}, but has to be a whole number above 0")
+            raise Invalid(f"{word} is {number!r}, but has to be a whole number above 0.")
     if not free and chunks not in (None, rule.chunks):
-        raise Invalid(f"{name} has {rule.chunks} stage(s) per rank, but chunks is {chunks}")
+        raise Invalid(f"{name} has {rule.chunks} stage(s) per rank, but chunks is {chunks}.")
     if not free and group is not None:
         raise Invalid(
-            f"{name} has no groups of microbatches, but group is {group}; only interleaved has them"
+            f"{name} has no groups of microbatches, but group is {group}; only interleaved has them."
         )
     bounded(ranks, microbatches, chunks or rule.chunks)
     if free:

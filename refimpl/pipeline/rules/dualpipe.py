@@ -38,11 +38,13 @@ def schedule(ranks: int, microbatches: int) -> Schedule:
         Invalid: odd ranks or microbatches, or fewer than 2 P microbatches.
     """
     if ranks % 2:
-        raise Invalid(f"dualpipe needs an even number of ranks, each with its mirror image, but has {ranks}")
+        raise Invalid(f"dualpipe needs an even number of ranks, each with its mirror image, but has {ranks}.")
     if microbatches % 2:
-        raise Invalid(f"dualpipe needs as many microbatches in both directions, but {microbatches} is odd")
+        raise Invalid(f"dualpipe needs as many microbatches in both directions, but {microbatches} is odd.")
     if microbatches < 2 * ranks:
-        raise Invalid(f"dualpipe needs at least 2 * ranks = {2 * ranks} microbatches, but has {microbatches}")
+        raise Invalid(
+            f"dualpipe needs at least 2 * ranks = {2 * ranks} microbatches, but has {microbatches}."
+        )
     each = microbatches // 2
 
     def order(r: int) -> list[Entry]:

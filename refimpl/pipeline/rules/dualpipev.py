@@ -33,7 +33,7 @@ def schedule(ranks: int, microbatches: int) -> Schedule:
     """
     if microbatches < 2 * ranks:
         raise Invalid(
-            f"dualpipev needs at least 2 * ranks = {2 * ranks} microbatches, but has {microbatches}"
+            f"dualpipev needs at least 2 * ranks = {2 * ranks} microbatches, but has {microbatches}."
         )
 
     def order(r: int) -> list[Entry]:

@@ -35,19 +35,19 @@ def group_size(ranks: int, microbatches: int, group: int | None) -> int:
         if microbatches % rounds:
             raise Invalid(
                 f"interleaved without a group size needs microbatches // ranks = {rounds} equal rounds, but "
-                f"{microbatches} is not a multiple of {rounds}"
+                f"{microbatches} is not a multiple of {rounds}."
             )
         return microbatches // rounds
     if not ranks <= group <= microbatches:
         raise Invalid(
             f"interleaved needs a group size from the number of ranks, {ranks}, to that of microbatches, "
-            f"{microbatches}, but it is {group}"
+            f"{microbatches}, but it is {group}."
         )
     last = microbatches % group
     if 0 < last < ranks:
         raise Invalid(
             f"interleaved needs a last group of no fewer microbatches than there are ranks, {ranks}, but "
-            f"groups of {group} leave {last} of {microbatches}"
+            f"groups of {group} leave {last} of {microbatches}."
         )
     return group
 

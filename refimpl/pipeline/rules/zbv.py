@@ -24,12 +24,17 @@ of the microbatches that are not there, as PyTorch has it.
 from __future__ import annotations
 
 from refimpl.pipeline.rules.streams import Stream, weights
-from refimpl.pipeline.schedule import Action, Entry, Schedule, in_a_v, numbered
+from refimpl.pipeline.schedule import Action, Entry, Schedule, bounded, in_a_v, numbered
 
 
 def schedule(ranks: int, microbatches: int) -> Schedule:
-    """Two stages per rank; any number of ranks and microbatches."""
+    """Two stages per rank; any number of ranks and microbatches.
+
+    Raises:
+        Invalid: too large with 2 P - 1 microbatches, even if there are fewer.
+    """
     full = max(microbatches, 2 * ranks - 1)
+    bounded(ranks, full, 2)
     orders = [order(ranks, full, r) for r in range(ranks)]
     kept: list[list[Entry]] = [[a for a in own if a.microbatch < microbatches] for own in orders]
     return Schedule("zbv", microbatches, 2 * ranks, in_a_v(ranks), numbered(kept))

@@ -101,6 +101,11 @@ class Gradients:
         """The operands of the weight gradients that wait, oldest first."""
         return tuple(one.part for one in self._waiting)
 
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """All that is held: what waits, other operands, and gradients of single microbatches."""
+        return tuple(one.part for parts in self._parts.values() for one in parts)
+
     def weight(self, name: str, microbatch: int, dy: Operand, x: Operand) -> None:
         """A linear's weight: dy^T x over the tokens of a microbatch."""
         self._waiting.append(self._place(name, microbatch, Weighted(dy, x)))

@@ -124,7 +124,7 @@ class Shading:
             first, last = holders[0], holders[-1]
             meaning = f"light: microbatches that begin on device {first}; dark: on device {last}"
             return cls(len(holders), meaning, placement, begins)
-        count = max(map(len, placement), default=1)
+        count = max(1, *map(len, placement))
         meaning = {1: "", 2: "light: chunk 0 of a device; dark: chunk 1"}.get(
             count, f"light to dark: chunks 0 to {count - 1} of a device"
         )

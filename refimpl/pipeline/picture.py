@@ -148,8 +148,13 @@ class _Page:
             self.text(self.left - 5, self.row(rank) + ROW / 2, f"Device {rank}", self.small, ha="right")
         colours: dict[str, list[Cell]] = defaultdict(list)
         inks: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+        mixed = {
+            (kind, shade): _mixed(light, dark, shade / max(one.shades - 1, 1))
+            for kind, (_, light, dark) in COLOURS.items()
+            for shade in range(one.shades)
+        }
         for cell in one.cells:
-            colour = _mixed(*COLOURS[cell.kind][1:], cell.shade / max(one.shades - 1, 1))
+            colour = mixed[cell.kind, cell.shade]
             colours[colour].append(cell)
             if self.scale.fits(cell):
                 inks[str(cell.microbatch), PAPER if _dark(colour) else INK].append(cell)
@@ -228,7 +233,7 @@ class _Page:
             for corner in ((x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y))
         ]
         codes = [path.MOVETO, path.LINETO, path.LINETO, path.LINETO, path.CLOSEPOLY] * len(boxes)
-        self.axes.add_patch(
+        self.axes.add_artist(  # not add_patch, which looks for the limits of every rectangle
             patches.PathPatch(
                 path(corners, codes), facecolor=face, edgecolor=edge, linewidth=wide, joinstyle="miter"
             )

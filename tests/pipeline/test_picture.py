@@ -15,7 +15,7 @@ from refimpl.errors import Invalid, Unreadable, Unsupported
 from refimpl.pipeline import picture
 from refimpl.pipeline.gantt import chart
 from refimpl.pipeline.rules import RULES, plan
-from refimpl.pipeline.schedule import Action, Schedule
+from refimpl.pipeline.schedule import Action, Pair, Schedule
 from refimpl.pipeline.simulate import Durations, Timeline, simulate
 
 UNIT = Durations(1, 1, 1)
@@ -70,10 +70,18 @@ def test_all_numbers_are_there_at_the_usual_sizes(
     assert fitting == len(found.cells) or crowded
 
 
-def test_a_number_is_drawn_once_for_each_cell_that_it_fits(matplotlib: Any) -> None:
-    found = timeline("dualpipe", 4, 10)
-    svg = picture.render([found])
-    assert len([use for use in elements(svg, "use") if use.get("x")]) >= len(chart(found).cells)
+@pytest.mark.parametrize("durations", [UNIT, Durations(1, 40, 40)])
+def test_a_number_is_drawn_in_each_cell_that_it_fits(durations: Durations, matplotlib: Any) -> None:
+    found = timeline("dualpipe", 4, 20, durations)
+    groups = [
+        g for g in elements(picture.render([found]), "g") if g.get("id", "").startswith("PathCollection")
+    ]
+    drawn = len([use for group in groups for use in group.iter() if use.tag.endswith("}use")])
+    charted = chart(found)
+    scale = picture.Scale.of([charted])
+    fitting = len([cell for cell in charted.cells if scale.fits(cell)])
+    assert drawn == fitting
+    assert (fitting == len(charted.cells)) == (durations == UNIT)
 
 
 def test_a_number_is_left_out_where_it_does_not_fit() -> None:
@@ -101,6 +109,25 @@ def test_colours_of_a_pixel_in_each_cell(matplotlib: Any, tmp_path: Path) -> Non
     light = {kind: colours[1] for kind, colours in picture.COLOURS.items()}
     assert [colour(0, time) for time in (1, 3, 5, 7)] == [light["F"], "#ffffff", "#ffffff", light["B"]]
     assert [colour(1, time) for time in (1, 3, 5, 7)] == ["#ffffff", light["F"], light["I"], light["W"]]
+
+
+def test_a_pair_is_two_halves_in_a_black_frame(matplotlib: Any, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    f, b = [Action("F", 0, m) for m in (0, 1)], [Action("B", 0, m) for m in (0, 1)]
+    schedule = Schedule("x", 2, 1, ((0,),), ((f[0], Pair(f[1], b[0]), b[1]),))
+    picture.draw([simulate(schedule, Durations(2, 1, 1, FB=6))], tmp_path / "a.png")
+    pixels = image.imread(tmp_path / "a.png")
+    unit, dot = picture.NARROWEST / 10, picture.DPI / 72
+    row = pixels[int((picture.EDGE + picture.HEAD + 3) * dot), :, :3]
+
+    def near(time: float) -> float:
+        """The darkest of what is within a point of a time: 0 is black."""
+        x = (picture.EDGE + picture.LEFT + time * unit) * dot
+        return float(row[int(x - dot) : int(x + dot) + 1].max(axis=-1).min())
+
+    assert near(2) < 0.2
+    assert near(8) < 0.2
+    assert min(near(time) for time in (1, 3, 5, 6, 7, 9)) > 0.7
 
 
 def test_several_share_one_time_axis(matplotlib: Any) -> None:

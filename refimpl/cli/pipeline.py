@@ -32,8 +32,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """The command `pipeline`."""
     parser = commands.add_parser("pipeline", help="pipeline schedules: times, memory, pictures, files")
     own = parser.add_subparsers(required=True, metavar="SCHEDULE|compare|check")
-    for name in RULES:
-        one = own.add_parser(name, help=f"the schedule {name}")
+    for name, rule in RULES.items():
+        one = own.add_parser(name, help=f"{rule.title}, the order of {rule.source}")
         _common(one)
         one.add_argument("--csv", metavar="FILE", help="the order in PyTorch's form; - is standard output")
         one.set_defaults(run=_schedule, schedules=[name])

@@ -1,4 +1,4 @@
-"""Whether a schedule is legal, and what is wrong with it.  SPEC PIPE-12 to PIPE-18.
+"""Whether a schedule is legal, and what is wrong with it.  SPEC PIPE-12 to PIPE-19.
 
 For any schedule, also a user's own: every stage and microbatch has one forward and one backward, whole or
 in its two halves, all on one rank that holds the stage; a rank does nothing before what it needs; and no

@@ -1,4 +1,4 @@
-"""The published schedules, one rule per file.  SPEC PIPE-2.
+"""The published schedules, one rule per file.  SPEC PIPE-2, PIPE-19.
 
 A rule is `schedule(ranks, microbatches) -> Schedule`; interleaved takes chunks and a group size as well.
 `plan` is the way in: it refuses what the rule does not allow, and sizes that nobody means.

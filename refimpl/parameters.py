@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 from refimpl.checkpoint.weights import Weights
 from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
+from refimpl.numerics.sites import linear
 
 LIMIT = 4 << 30  # bytes
 PREPARED = 7  # an exact operand is kept beside up to three slices for each of its two sides
+
+
+def placed(weight: Weight, name: str) -> Weight:
+    """A weight that knows the sites of its linear, from its checkpoint name."""
+    return replace(weight, site=linear(name.rpartition(".")[0]))
 
 
 class CachedParameters:
@@ -44,7 +51,9 @@ class CachedParameters:
         name = self._weights.canonical(name)
         weight: Weight | None = self._find((name, True))
         if weight is None:
-            weight = self._ar.weight(self._weights[name])
+            weight = placed(self._ar.weight(self._weights[name]), name)
+            if self._ar.reads_codes and self._weights.is_quantised(name):
+                weight = replace(weight, stored=self._weights.quantised(name))
             self._hold((name, True), weight, weight.value.nbytes * (PREPARED if self._ar.order_free else 1))
         return weight
 

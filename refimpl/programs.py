@@ -8,15 +8,17 @@ same program gives the exact values, the error bounds and the noise, by changing
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from refimpl.checkpoint.weights import DictWeights
-from refimpl.layers import loss
+from refimpl.layers import linear, loss, mla, mlp, moe
 from refimpl.layers.batch import allowed
 from refimpl.layers.context import tensors
 from refimpl.model import Model
+from refimpl.numerics import sites
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.setting import IDX, Outputs, Setting, finish
@@ -35,8 +37,10 @@ def run(component: str, setting: Setting) -> Outputs:
 
 def _linear(s: Setting) -> Outputs:
     c = s.context
-    y, saved = c.ops.linear.forward(c, s.ar.operand(f"{c.leaf}.in", s.array("x")))
-    return finish(s, y, saved, lambda dy, grads: c.ops.linear.backward(c, dy, saved, grads))
+    x, site = s.array("x"), sites.read_by(c.linear)
+    y, saved = c.ops.linear.forward(c, s.ar.operand(site, x))
+    whole = linear.again(saved, s.ar.keeping.operand(site, x)) if s.ar.recomputes(site) else saved
+    return finish(s, y, saved, lambda dy, grads: c.ops.linear.backward(c, dy, whole, grads))
 
 
 def _embedding(s: Setting) -> Outputs:
@@ -94,27 +98,35 @@ def _attention(s: Setting) -> Outputs:
 
 def _mla(s: Setting) -> Outputs:
     c, x = s.context, s.array("x")
-    y, saved = c.ops.mla.forward(c, x.reshape(-1, x.shape[-1]), s.batch)
-    return finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, saved, s.batch, grads))
+    x = x.reshape(-1, x.shape[-1])
+    y, saved = c.ops.mla.forward(c, x, s.batch)
+    again = s.ar.recomputes("self_attn.in", *mla.UP_SITES)
+    whole = c.ops.mla.again(c, saved, x, s.batch) if again else saved
+    return finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, whole, s.batch, grads))
 
 
 def _mlp(s: Setting) -> Outputs:
     c = s.context
-    y, saved = c.ops.mlp.forward(c, s.ar.operand("mlp.in", s.array("x")))
-    return finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, saved, grads))
+    x, site = s.array("x"), sites.read_by(c.at("gate_proj").linear)
+    y, saved = c.ops.mlp.forward(c, s.ar.operand(site, x))
+    whole = mlp.given(saved, s.ar.keeping.operand(site, x)) if s.ar.recomputes(site) else saved
+    return finish(s, y, saved, lambda dy, grads: c.ops.mlp.backward(c, dy, whole, grads))
 
 
 def _gate(s: Setting) -> Outputs:
     c = s.context
-    _, weight, saved = c.ops.gate.forward(c, s.array("x"))
-    out = finish(s, weight, saved, lambda dy, grads: c.ops.gate.backward(c, dy, saved, grads))
+    x = s.array("x")
+    _, weight, saved = c.ops.gate.forward(c, x)
+    recomputed = s.ar.recomputes("gate.in")
+    whole = replace(saved, x=s.ar.keeping.operand("gate.in", x)) if recomputed else saved
+    out = finish(s, weight, saved, lambda dy, grads: c.ops.gate.backward(c, dy, whole, grads))
     out.pop(s.path, None)  # the weights again, under the path of the module
     return out
 
 
 def _experts(s: Setting) -> Outputs:
     c, idx = s.context, s.inputs["topk_idx"]
-    hidden = s.ar.operand("mlp.in", s.array("x"))
+    hidden = s.ar.operand("experts.in", s.array("x"))
     y, saved = c.ops.experts.forward(c, hidden, idx, s.array("topk_weight"))
     out = finish(s, y, saved, lambda dy, grads: c.ops.experts.backward(c, dy, saved, grads)[0])
     if s.backward:
@@ -125,8 +137,10 @@ def _experts(s: Setting) -> Outputs:
 
 def _moe(s: Setting) -> Outputs:
     c = s.context
-    y, saved = c.ops.moe.forward(c, s.array("x"))
-    return finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, saved, grads))
+    x = s.array("x")
+    y, saved = c.ops.moe.forward(c, x)
+    whole = c.ops.moe.again(c, saved, x) if s.ar.recomputes(*moe.INPUTS) else saved
+    return finish(s, y, saved, lambda dy, grads: c.ops.moe.backward(c, dy, whole, grads))
 
 
 def _block(s: Setting) -> Outputs:

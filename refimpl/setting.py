@@ -19,6 +19,7 @@ from refimpl.layers.context import Context, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
 from refimpl.numerics.gradients import Gradients
+from refimpl.parameters import placed
 from refimpl.training.rules import DEEPSEEK_V3 as RULES
 from refimpl.training.rules import Rules
 
@@ -82,7 +83,8 @@ class _Given:
         return self.ar.array(self.values[self.aliases.get(name, name)])
 
     def weight(self, name: str) -> Weight:
-        return self.ar.weight(self.values[self.aliases.get(name, name)])
+        name = self.aliases.get(name, name)
+        return placed(self.ar.weight(self.values[name]), name)
 
 
 def finish(s: Setting, y: Any, saved: Any, backward: Callable[[Any, Gradients], Any]) -> Outputs:

@@ -57,7 +57,8 @@ def unit_forward(c: Context, unit: Unit, x: Array | None, tokens: Tokens) -> tup
         return following, logits, saved
     assert x is not None  # only the embedding has none
     logits, saved = c.ops.head.forward(at, x)
-    return (saved.hidden if _reads_normed(c) else x), logits, saved
+    y = saved.hidden if _reads_normed(c) else x
+    return y, logits, replace(saved, hidden=None)  # backward does not read it
 
 
 def unit_backward(

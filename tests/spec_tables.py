@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from refimpl.config.model import FAMILY_DEFAULTS, ModelConfig
 from refimpl.config.presets import PRESETS, preset
 from refimpl.config.rules import show
 from refimpl.config.training import TrainingConfig
+from refimpl.numerics import recipe_table
 from refimpl.numerics.blockscale import ACTIVATION, QUANTISERS, Quantiser, quantise
 from refimpl.numerics.casts import CASTS
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.recipe import RECIPES, SITES
+from refimpl.numerics.recipes import RECIPES
+from refimpl.numerics.sites import SITES
 from refimpl.numerics.tensorcore import HMMA, QGMMA, Unit
 
 SPEC = Path(__file__).parent.parent / "SPEC.md"
-BLOCK = re.compile(r"(?<=^<!-- table: )([a-z0-9 ]+)( -->\n)(.*?)(?=^<!-- end -->$)", re.M | re.S)
+BLOCK = re.compile(r"(?<=^<!-- table: )([a-z0-9 .-]+)( -->\n)(.*?)(?=^<!-- end -->$)", re.M | re.S)
 
 
 def blocks(text: str) -> dict[str, str]:
@@ -117,9 +120,13 @@ def sites() -> str:
 
 
 def recipe(name: str) -> str:
-    rules = RECIPES[name].rules
-    head = ("sites", "format", "evidence", "source")
-    return _rows(head, *((f"`{r.site}`", r.format, r.evidence, r.source) for r in rules))
+    rows = recipe_table.rows(RECIPES[name])
+    return _rows(recipe_table.HEAD, *((f"`{site}`", *cells) for site, *cells in rows))
+
+
+def linears(name: str) -> str:
+    rows = recipe_table.product_rows(RECIPES[name])
+    return _rows(recipe_table.PRODUCT_HEAD, *((f"`{own}`", *cells) for own, *cells in rows))
 
 
 def formats() -> str:
@@ -227,7 +234,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "profiles": profiles,
     "choices": choices,
     "sites": sites,
-    "recipe bf16": lambda: recipe("bf16"),
+    **{f"recipe {name}": partial(recipe, name) for name in RECIPES},
+    "linears v3-fp8": lambda: linears("v3-fp8"),
     "formats": formats,
     "casts": casts,
     "quantisers": quantisers,

@@ -27,6 +27,7 @@ from refimpl.layers.context import Context, Cotangents
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.arithmetic import Exact, Weight
 from refimpl.numerics.floating import Floating
+from refimpl.parameters import placed
 
 RECORDINGS = Path(__file__).parent / "recordings" / "models"
 STEP = 1e-30
@@ -139,7 +140,7 @@ class Given:
         return self.ar.array(self.weights[name])
 
     def weight(self, name: str) -> Weight:
-        return self.ar.weight(self.weights[name])
+        return placed(self.ar.weight(self.weights[name]), name)
 
 
 FLOAT64 = Floating(np.float64)

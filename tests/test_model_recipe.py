@@ -9,7 +9,10 @@ from support import V2, bits, config, model, random_ids, random_weights
 
 import refimpl
 from refimpl.numerics.arithmetic import Exact
-from refimpl.numerics.recipe import RECIPES, SITES, Recipe, Rounded, Rule
+from refimpl.numerics.recipe import Recipe, Rule
+from refimpl.numerics.recipes import RECIPES
+from refimpl.numerics.rounded import Rounded
+from refimpl.numerics.sites import VALUES as SITES
 
 BF16 = RECIPES["bf16"]
 FORMATS = {"bf16": ml_dtypes.bfloat16, "fp32": np.float32}

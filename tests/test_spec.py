@@ -21,7 +21,7 @@ from refimpl.numerics.blockscale import QUANTISERS
 from refimpl.numerics.casts import CASTS
 from refimpl.numerics.floating import Floating
 from refimpl.numerics.gemm import KERNELS, NAMES
-from refimpl.numerics.recipe import SITES
+from refimpl.numerics.sites import VALUES as SITES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "SPEC.md").read_text("utf-8")

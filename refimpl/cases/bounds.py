@@ -44,14 +44,14 @@ from refimpl.cases.bounded import (
 )
 from refimpl.cases.format import upwards
 from refimpl.numerics import functions
-from refimpl.numerics.arithmetic import Array, Kept, Operand, Plain, Weight, dsoftmax, softmax
+from refimpl.numerics.arithmetic import Array, KeepsAll, Kept, Operand, Plain, Weight, dsoftmax, softmax
 from refimpl.numerics.contraction import contract, sum_
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
-class Bounding:
+class Bounding(KeepsAll):
     """The arithmetic of `Bounded` arrays: exact, so values and bounds are the same everywhere."""
 
     name = "bounding"

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
 from refimpl import programs
-from refimpl.cases import bits, cap, certificate, decisions, format, tolerances
+from refimpl.cases import bits, cap, certificate, decisions, format, staged, tolerances
 from refimpl.cases.bits import Bits
 from refimpl.cases.claims import CLAIMS
 from refimpl.cases.definition import Definition, Given
 from refimpl.cases.folder import KEPT_OUTPUT, sample_positions
 from refimpl.cases.format import INPUT, PROBE, REQUIRED, WEIGHT, Case, Tensor
 from refimpl.cases.judging import InMemory, decided
+from refimpl.cases.staged import Staged
 from refimpl.cases.tolerances import Judges
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Arithmetic, Array, Exact
 from refimpl.programs import IDX, Outputs, Setting
 
-AnyDefinition = Definition | Bits
+AnyDefinition = Definition | Bits | Staged
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
 LARGEST_STEP = 0.5  # rounding of an attention score, beyond which first-order bounds of its exponential fail
 # judged by the noise floor: bounds of whole networks say nothing
@@ -51,6 +53,8 @@ def build(definition: AnyDefinition) -> Built:
     """Compute everything.  Raises Invalid for a definition that makes no good case."""
     if isinstance(definition, Bits):
         return Built(*bits.made(definition), extras={})
+    if isinstance(definition, Staged):
+        return _staged(definition)
     definition = _with_routing(definition)
     given, tensors = _given(definition)
     case = _case(definition, tensors)
@@ -72,6 +76,17 @@ def build(definition: AnyDefinition) -> Built:
         claims = [CLAIMS[name] for name, why in offered.items() if why is None]
         case = cap.capped(InMemory(case, expected, extras), settled, claims)
     return Built(certificate.certified(case, expected, extras, offered), given, expected, extras)
+
+
+def _staged(d: Staged) -> Built:
+    definition = _with_routing(d.definition)
+    given, tensors = _given(definition)
+    recipe: dict[str, Any] = {"name": d.recipe} | ({"set": list(d.settings)} if d.settings else {})
+    case = _case(definition, tensors)
+    case = replace(case, arguments={**case.arguments, "recipe": recipe})
+    ready = setting(definition, given, Exact(), definition.forced)
+    case, expected = staged.completed(case, ready, definition.is_required)
+    return Built(case, given, expected, {})
 
 
 def run(d: Definition, given: Mapping[str, Array], ar: Arithmetic, forced: bool) -> Outputs:

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from refimpl.errors import Invalid, Unsupported
+from refimpl.errors import Invalid
 
 BITS: Final = "bits"  # the claim of cases of that kind: no roundoff, the bits themselves
 PARTS: Final = ("storage", "product", "accumulate")
@@ -59,18 +59,21 @@ CLAIMS: Final[dict[str, Claim]] = {
     )
 }
 
+# Offered by cases of a recipe alone, which say themselves what is exact and what a value may be off.
+FP8: Final = Claim("fp8", 2.0**-4, 2.0**-4, 2.0**-13, 4, -6)
+
 _CUSTOM = re.compile(r"u=(?:2\^-(\d{1,2})|([0-9.]+(?:[eE]-?\d+)?))")
 
 
 def claim(text: str) -> Claim:
     """The claim of that name, or `u=2^-11` (or `u=0.0005`): one roundoff for everything.
 
-    Raises Invalid for another text, Unsupported for fp8.
+    Raises Invalid for another text.
     """
     if text in CLAIMS:
         return CLAIMS[text]
-    if text == "fp8":
-        raise Unsupported("the claim fp8 cannot be derived yet: a case has to offer its own fp8 recipe first")
+    if text == FP8.name:
+        return FP8
     found = _CUSTOM.fullmatch(text)
     if not found:
         raise Invalid(f"the claim is {text[:40]!r}; {', '.join(CLAIMS)}, or u=2^-11 is required")

@@ -259,7 +259,7 @@ def contents(
         if t.samples is None or whole:
             outputs[t.name] = stored(expected[t.name], t.dtype)
         else:
-            index = sample_positions(t.name, t.size)
+            index = sample_positions(t.name, t.size)[: t.samples]
             outputs[f"samples/{t.name}"] = stored(expected[t.name].reshape(-1)[index], t.dtype)
             outputs[f"index/{t.name}"] = index.astype(np.int32 if t.size < 1 << 31 else np.int64)
         for kind in t.extras:

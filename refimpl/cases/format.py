@@ -67,6 +67,7 @@ class Tensor:
     unjudged: tuple[str, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
     cap: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    within: tuple[float, float, float] | None = None
     margins: tuple[float, float] | None = None
     any_nan: int | None = None
     instead_of: str | None = None

@@ -72,7 +72,7 @@ class Weights(Mapping[str, Array], ABC):
     def stored_codes(self, name: str) -> Array: ...
 
     def stored_value(self, name: str) -> Array:
-        if self._is_quantised(name):
+        if self.is_quantised(name):
             return fp8.weight(self.quantised(name), self.fp8_rounding)
         return DTYPES[self.stored_dtype(name)].decode(self.stored_codes(name))
 
@@ -201,7 +201,7 @@ class Weights(Mapping[str, Array], ABC):
             return Missing(f"tensor {scale} is missing, but {name}, stored as {dtype}, must have it.")
         return self.refusal(scale, self.specs[scale].shape)
 
-    def _is_quantised(self, name: str) -> bool:
+    def is_quantised(self, name: str) -> bool:
         return self.stored_dtype(name) in fp8.CODES
 
 
@@ -328,7 +328,7 @@ class FolderWeights(Weights):
         if refusal is not None:
             raise refusal
         value: Array = self._files[stored].slice(stored, start, count)
-        if self._is_quantised(stored):
+        if self.is_quantised(stored):
             block, scales = self.config.fp8_block, self[f"{stored}{fp8.SUFFIX}"]
             assert block is not None  # or it would have been refused
             value = fp8.elements(value, scales, block, self.shape(stored)[1], start)

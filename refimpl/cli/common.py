@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tqdm import tqdm
 
+from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Invalid
 
 HOLDS, FAILS, UNTRIED, INTERRUPTED = 0, 1, 2, 130
@@ -44,6 +46,15 @@ def jobs(text: str) -> int:
     if not 1 <= count <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes from 1 on")
     return count
+
+
+def write_json(file: Path, value: Any) -> None:
+    """JSON to a file, whole or not at all; - is standard output.  Raises Unreadable."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    if str(file) == "-":
+        print(text, end="")
+    else:
+        write_bytes(file, text.encode())
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from refimpl.config.jsonfile import read_object
 from refimpl.config.model import ModelConfig
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid
+from refimpl.numerics.precision import arithmetic, recipe
+from refimpl.numerics.recipe import Recipe
+from refimpl.numerics.recipes import RECIPES
 from refimpl.training import files, picture
 from refimpl.training.run import SHORT, SMALL, Plan, begin, train
 from refimpl.training.state import State
@@ -40,7 +43,20 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--batch", type=_count, metavar="N", help="sequences of a step; default: 8")
     parser.add_argument("--microbatches", type=_count, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--precision", default="float32", help="float32 (default), float64, exact, bf16")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        metavar="NAME",
+        help=f"float32 (default), float64, exact, or a recipe ({', '.join(RECIPES)}), NAME@float32 for its "
+        "fast form",
+    )
+    parser.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="SITE.FIELD=VALUE",
+        help="change a field of the recipe's rows, as `refimpl recipe NAME --set`; repeatable",
+    )
     parser.add_argument("--choices", default="hf", help=f"{', '.join(PROFILES)}; default: hf")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json; default: a small V3")
     parser.add_argument(
@@ -111,10 +127,19 @@ def _plan(given: argparse.Namespace) -> Plan:
         ModelConfig.from_dict(model),
         TrainingConfig.from_dict(training),
         Choices.named(given.choices),
-        given.precision,
+        _precision(given.precision, given.recipe_set),
         given.seed,
         given.microbatches,
     )
+
+
+def _precision(name: str, settings: Sequence[str]) -> str | Recipe:
+    """The name, or the recipe of that name with rows changed.  Raises Invalid."""
+    if not settings:
+        return name
+    if not hasattr(arithmetic(name), "recipe"):
+        raise Invalid(f"--recipe-set changes a recipe, but --precision is {name}, which is none.")
+    return recipe(name).set(settings)
 
 
 def _assigned(text: str) -> Sequence[Any]:

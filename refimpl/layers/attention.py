@@ -4,12 +4,12 @@ s = scale q k^T;  p = softmax of s over the allowed keys;  o = p v.
 Backward: dp = do v^T, ds = p (dp - <dp, p>), dq = scale ds k, dk = scale ds^T q, dv = p^T do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refimpl.layers.context import Context, tensor
-from refimpl.numerics.arithmetic import Array, Kept
+from refimpl.numerics.arithmetic import Array, Dropped, Kept
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Saved:
     value: Kept  # (B, H, S, Wv)
     scores: Array | None = tensor("scores", per_token=False)  # (B, H, S, S)  -inf where masked
     probs: Kept = tensor("probs", per_token=False)  # (B, H, S, S)
+    softmax: Array | None = None  # (B, H, S, S)  the same before its cast, where backward reads that
 
 
 def forward(
@@ -27,16 +28,19 @@ def forward(
     """query, key (B, H, S, W), value (B, H, S, Wv), allowed (B or 1, 1, S, S)  ->  (B, H, S, Wv)."""
     ar = c.ar
     query = ar.at("attention.query", query)  # some scale it here, and store it
-    scores = ar.at("attention.scores", ar.matmul(query, key) * scale)  # (B, H, S, S)
+    products = ar.fused("attention.products", ar.matmul(query, key))  # (B, H, S, S)
+    scores = ar.at("attention.scores", products * scale)
     scores = np.where(allowed, scores, -np.inf)
-    probs = ar.at("attention.probs", ar.softmax(scores))  # (B, H, S, S)  masked keys give exactly 0
+    softmax = ar.fused("attention.softmax", ar.softmax(scores))  # (B, H, S, S)  masked keys give exactly 0
+    probs = ar.at("attention.probs", softmax)
     out = ar.at("attention.out", ar.matmul(probs, value.swapaxes(-1, -2)))  # (B, H, S, Wv)
     kept = (
         ar.keep("attention.query", query),
         ar.keep("attention.key", key),
         ar.keep("attention.value", value),
     )
-    return out, Saved(*kept, c.probe(scores), ar.keep("attention.probs", probs))
+    before = softmax if ar.reads_source("attention.probs") else None
+    return out, Saved(*kept, c.probe(scores), c.keep("attention.probs", probs), before)
 
 
 def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array, Array, Array]:
@@ -45,8 +49,20 @@ def backward(c: Context, dout: Array, saved: Saved, scale: float) -> tuple[Array
     dprobs = c.joined(
         ar.at("d.attention.probs", ar.matmul(dout, saved.value.value())), "probs"
     )  # (B, H, S, S)
-    dscores = ar.at("d.attention.scores", ar.dsoftmax(probs, dprobs) * scale)  # (B, H, S, S)
+    softmax = probs if saved.softmax is None else saved.softmax
+    dsoftmax = ar.fused("d.attention.softmax", ar.dsoftmax(softmax, dprobs))  # (B, H, S, S)
+    dscores = ar.at("d.attention.scores", dsoftmax * scale)
     dquery = ar.at("d.attention.query", ar.matmul(dscores, saved.key.value().swapaxes(-1, -2)))
     dkey = ar.at("d.attention.key", ar.matmul(dscores.swapaxes(-1, -2), saved.query.value().swapaxes(-1, -2)))
     dvalue = ar.at("d.attention.value", ar.matmul(probs.swapaxes(-1, -2), dout.swapaxes(-1, -2)))
     return dquery, dkey, dvalue
+
+
+def again(saved: Saved, computed: Saved) -> Saved:
+    """With what was not kept taken from what was computed again."""
+    missing = {
+        name: getattr(computed, name)
+        for name in ("query", "key", "value", "probs")
+        if isinstance(getattr(saved, name), Dropped)
+    }
+    return replace(saved, **missing)

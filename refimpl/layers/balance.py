@@ -40,7 +40,7 @@ class Balancing:
 @dataclass(frozen=True)
 class Saved:
     rows: Array  # (M,) tokens that count
-    shares: Mapping[str, Array]  # kind -> (M, N) p
+    shares: Mapping[str, Array]  # kind -> (M, N) p, of the kinds whose p is not s
     total: Array  # (M, 1) sum_j s[t, j]
     factors: Mapping[str, Array]  # kind -> (B, N) g
     tokens: Array  # (B,) T of each sequence
@@ -60,10 +60,12 @@ def forward(c: Context, scores: Array, idx: Array) -> tuple[Mapping[str, Array],
     divisor = ar.array(np.maximum(tokens, 1))[:, None]
     shares, factors, losses = {}, {}, {}
     for kind in given.weights:
-        shares[kind] = own / total if kind == "sequence" else own
+        share = own
+        if kind == "sequence":
+            share = shares[kind] = own / total
         counted = _plain_choice(c, own) if _counts_plain(c, kind) else idx[rows]
         factors[kind] = _factors(c, kind, counted, of, tokens)  # (B, N)
-        mean = ar.segment_sum(shares[kind], of, given.number) / divisor  # (B, N)  P
+        mean = ar.segment_sum(share, of, given.number) / divisor  # (B, N)  P
         losses[kind] = ar.dot(factors[kind], mean)  # (B,)
     value = np.stack(list(losses.values()))  # (kinds, B)
     return losses, Saved(rows, shares, total, factors, tokens, losses, c.probe(value))

@@ -15,15 +15,17 @@ from typing import Any, Protocol
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Invalid
-from refimpl.numerics.arithmetic import Arithmetic, Array, Weight
+from refimpl.numerics import sites
+from refimpl.numerics.arithmetic import Arithmetic, Array, Dropped, Kept, Weight
 
 
 @dataclass(frozen=True)
 class Op:
-    """A replaceable operation: its forward and its backward."""
+    """A replaceable operation: forward, backward, and how what was not kept is computed again."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    again: Callable[..., Any] = lambda c, saved, *given: saved
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,15 @@ class Context:
         """The last component of the path: the projection's or module's own name."""
         return self.path.rpartition(".")[2]
 
+    def site(self, name: str) -> str:
+        """The site `name` of this module: inside of experts their name comes before it."""
+        return sites.within(self.path, name)
+
+    @property
+    def linear(self) -> str:
+        """The name that the sites of this linear begin with."""
+        return sites.linear(self.path)
+
     def name(self, leaf: str) -> str:
         """The checkpoint name of a tensor of this module."""
         return f"{self.path}.{leaf}" if self.path else leaf
@@ -137,6 +148,11 @@ class Context:
     def probe(self, x: Array) -> Array | None:
         """x, if somebody wants to see it."""
         return x if self.probing else None
+
+    def keep(self, site: str, x: Array) -> Kept:
+        """x for the backward pass, in the form that the arithmetic keeps it; a trace sees it in any case."""
+        kept = self.ar.keep(site, x)
+        return Dropped(x) if self.probing and isinstance(kept, Dropped) else kept
 
     def joined(self, dy: Array, leaf: str = "") -> Array:
         """dy plus the caller's gradient of this module's output, or of the tensor `leaf` inside of it."""

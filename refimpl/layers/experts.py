@@ -5,7 +5,7 @@ slots (T, K, D), so the result depends neither on the order of experts nor on wh
 Backward: dweight[t, k] = <dy[t], E_{idx[t, k]}(x[t])>;  expert k receives weight[t, k] dy[t].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Saved:
     weight: Array  # (T, K)
     slots: Kept = tensor("slots")  # (T, K, D)  each expert's output, before its weight
     out: Array | None = tensor("")  # (T, D)
+    order: Array | None = None  # (T, K)  a token's slots by number of expert, where gradients add up so
 
 
 def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, Saved]:
@@ -38,7 +39,7 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
     ar, groups = c.ar, group_tokens(idx)
     tokens, chosen = idx.shape
 
-    slots = ar.zeros((tokens * chosen, x.value.shape[-1]))  # (T K, D)
+    slots = ar.zeros((tokens * chosen, x.shape[-1]))  # (T K, D)
 
     def run(group: Group) -> mlp.Saved:
         slots[group.slots], saved = c.ops.mlp.forward(_expert(c, group), x.rows(group.tokens))
@@ -47,9 +48,9 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
 
     done = ar.each(run, groups)
     slots = slots.reshape(tokens, chosen, -1)  # (T, K, D)
-    y = ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]  # (T, D)  summed over K
-    y = ar.at("experts.out", y)
-    return y, Saved(groups, done, weight, ar.keep("experts.slots", slots), c.probe(y))
+    y = ar.at("experts.out", _combined(c, weight, slots, idx))  # (T, D)
+    order = np.argsort(idx, axis=1, kind="stable") if ar.stores("d.experts.sum") else None
+    return y, Saved(groups, done, weight, c.keep("experts.slots", slots), c.probe(y), order)
 
 
 def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Array, Array]:
@@ -71,7 +72,34 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Arr
 
     for own in ar.each(run, zip(saved.groups, saved.experts, strict=True)):
         grads.merge(own)
-    return ar.at("d.experts.in", ar.sum(dslots.reshape(slots.shape), 1)), dweight  # (T, D), (T, K)
+    dx = _added(c, "d.experts.sum", dslots.reshape(slots.shape), saved.order)
+    return ar.at("d.experts.in", dx), dweight  # (T, D), (T, K)
+
+
+def given(saved: Saved, x: Operand) -> Saved:
+    """With the experts' inputs, rows of x (T, D), where they were not kept."""
+    pairs = zip(saved.groups, saved.experts, strict=True)
+    return replace(saved, experts=[mlp.given(own, x.rows(group.tokens)) for group, own in pairs])
+
+
+def _combined(c: Context, weight: Array, slots: Array, idx: Array) -> Array:
+    """weight (T, K), slots (T, K, D)  ->  (T, D): one contraction, unless the recipe stores its steps."""
+    ar = c.ar
+    if not ar.stores("experts.slot") and not ar.stores("experts.sum"):
+        return ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]
+    weighted = ar.fused("experts.slot", slots * weight[..., None])  # (T, K, D)
+    return _added(c, "experts.sum", weighted, np.argsort(idx, axis=1, kind="stable"))
+
+
+def _added(c: Context, site: str, slots: Array, order: Array | None) -> Array:
+    """slots (T, K, D)  ->  (T, D): summed over K, or one by one in an order (T, K)."""
+    if order is None or not c.ar.stores(site):
+        return c.ar.sum(slots, 1)
+    ordered = np.take_along_axis(slots, order[..., None], 1)
+    total = ordered[:, 0]
+    for k in range(1, ordered.shape[1]):
+        total = c.ar.fused(site, total + ordered[:, k])
+    return total
 
 
 def group_tokens(idx: Array) -> list[Group]:

@@ -19,13 +19,13 @@ import numpy as np
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.layers.context import Context, Op, Ops, tensor
-from refimpl.numerics.arithmetic import Array, Operand
+from refimpl.numerics.arithmetic import Array, Dropped, Operand
 from refimpl.numerics.gradients import Gradients
 
 
 @dataclass(frozen=True)
 class Saved:
-    x: Operand  # (T, D)
+    x: Operand | Dropped  # (T, D)
     logits: Array | None = tensor("logits")  # (T, N)
     scores: Array = tensor("scores")  # (T, N)
     topk_idx: Array = tensor("topk_idx")  # (T, K) int
@@ -43,9 +43,10 @@ def forward(c: Context, x: Array) -> tuple[Array, Array, Saved]:
     chosen = np.take_along_axis(scores, idx, -1)  # (T, K)
     scale, normalised = weight_rule(c.config, c.choices)
     if normalised:
-        chosen = chosen / (ar.sum(chosen) + c.choices.topk_norm_epsilon)[:, None]
+        total = ar.fused("gate.sum", ar.sum(chosen)) + c.choices.topk_norm_epsilon  # (T,)
+        chosen = ar.fused("gate.sum", chosen / total[:, None])
     weight = ar.at("gate.weights", chosen * scale)  # (T, K)
-    return idx, weight, Saved(hidden, c.probe(logits), scores, idx, weight)
+    return idx, weight, Saved(hidden.kept, c.probe(logits), scores, idx, weight)
 
 
 def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Array:
@@ -65,6 +66,7 @@ def backward(c: Context, dweight: Array, saved: Saved, grads: Gradients) -> Arra
     else:
         dlogits = ar.dsoftmax(scores, dscores)
     dlogits = ar.at("d.gate.logits", c.joined(dlogits, "logits"))
+    assert isinstance(saved.x, Operand), "the router's input was not computed again"
     dy = ar.operand("gate.dy", dlogits)  # (T, N)
     grads.weight(c.name("weight"), c.microbatch, dy, saved.x)
     return ar.at("d.gate.in", ar.matmul(dy.value, c.array("weight").T))  # (T, D)

@@ -13,10 +13,10 @@ from refimpl.numerics.gradients import Gradients
 
 @dataclass(frozen=True)
 class Saved:
-    hidden: Array  # (T, D)  the norm's output, which MTP modules read
+    hidden: Array | None  # (T, D)  the norm's output, which MTP modules read forward
     normed: norm.Saved = child("model.norm")
     lm_head: linear.Saved = child("lm_head")
-    logits: Array = tensor("logits")  # (T, V)
+    logits: Array | None = tensor("logits")  # (T, V)
 
 
 def forward(c: Context, x: Array) -> tuple[Array, Saved]:
@@ -24,14 +24,18 @@ def forward(c: Context, x: Array) -> tuple[Array, Saved]:
     ar, ops = c.ar, c.ops
     normed, norm_saved = ops.norm.forward(c.at("model", "norm"), x, c.config.rms_norm_eps)
     logits, head_saved = ops.linear.forward(c.at("lm_head"), ar.operand("lm_head.in", normed))
-    return logits, Saved(normed, norm_saved, head_saved, logits)
+    return logits, Saved(normed, norm_saved, head_saved, c.probe(logits))
 
 
 def backward(
     c: Context, dlogits: Array, saved: Saved, grads: Gradients, dhidden: Array | None = None
 ) -> Array:
     """dlogits (T, V), dhidden (T, D) from the first MTP module  ->  dx (T, D)."""
-    dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), saved.lm_head, grads)
+    last = saved.lm_head
+    if c.ar.recomputes("lm_head.in"):
+        x = norm.again(c.at("model", "norm"), saved.normed, c.config.rms_norm_eps)
+        last = linear.again(last, c.ar.keeping.operand("lm_head.in", x))
+    dnormed = c.ops.linear.backward(c.at("lm_head"), c.joined(dlogits, "logits"), last, grads)
     if dhidden is not None:
         dnormed = c.ar.at("d.hidden", dnormed + dhidden)  # (T, D)
     dx: Array = c.ops.norm.backward(c.at("model", "norm"), dnormed, saved.normed, grads)

@@ -22,7 +22,7 @@ class Saved:
     exps: Array  # (M, V)
     sums: Array  # (M, 1)
     count: int  # n
-    like: Array  # (T, V) the logits, for their shape and dtype
+    shape: tuple[int, ...]  # (T, V) of the logits
     nll: Array = tensor("loss.nll", per_token=False)  # (M,)
 
 
@@ -35,13 +35,13 @@ def forward(c: Context, logits: Array, targets: Array, count: int) -> tuple[Arra
     exps = ar.exp(z)  # (M, V)
     sums = ar.sum(exps)[:, None]  # (M, 1)
     nll = ar.log(sums[:, 0]) - z[np.arange(len(rows)), chosen]  # (M,)
-    return ar.sum(nll) / count, Saved(rows, chosen, exps, sums, count, logits, nll)
+    return ar.sum(nll) / count, Saved(rows, chosen, exps, sums, count, logits.shape, nll)
 
 
 def backward(c: Context, dloss: float, saved: Saved) -> Array:
     """dloss ()  ->  dlogits (T, V)."""
     own = saved.exps / saved.sums  # (M, V)
     own[np.arange(len(saved.rows)), saved.targets] -= 1.0
-    dlogits = np.zeros_like(saved.like)
+    dlogits = c.ar.zeros(saved.shape)
     dlogits[saved.rows] = own * (dloss / saved.count)
     return c.ar.at("d.logits", dlogits)

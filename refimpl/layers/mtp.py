@@ -37,9 +37,7 @@ def forward(c: Context, hidden: Array, tokens: Tokens, dense: bool) -> tuple[Arr
         e = np.where(tokens.first[:, None], np.zeros_like(e), e)
     e, enorm = ops.norm.forward(c.at("enorm"), e, eps)
     h, hnorm = ops.norm.forward(c.at("hnorm"), hidden, eps)
-    pair = (e, h) if c.choices.mtp_concat == "embedding_first" else (h, e)
-    joined = ar.operand("eh_proj.in", np.concatenate(pair, -1))  # (T, 2 D)
-    x, eh_proj = ops.linear.forward(c.at("eh_proj"), joined)  # (T, D)
+    x, eh_proj = ops.linear.forward(c.at("eh_proj"), ar.operand("eh_proj.in", _pair(c, e, h)))  # (T, D)
     y, inner = ops.block.forward(c, x, tokens.batch, dense)
     normed, last = ops.norm.forward(c.at("shared_head", "norm"), y, eps)
     logits, head = ops.linear.forward(c.at("shared_head", "head"), ar.operand("lm_head.in", normed))
@@ -58,7 +56,7 @@ def backward(
 ) -> Array:
     """dlogits (T, V), dfollowing (T, D) from the next module  ->  dhidden (T, D)."""
     ops, wide = c.ops, c.config.hidden_size
-    dnormed = ops.linear.backward(c.at("shared_head", "head"), dlogits, saved.head, grads)
+    dnormed = ops.linear.backward(c.at("shared_head", "head"), dlogits, _head_again(c, saved), grads)
     normed_is_passed = c.choices.mtp_passes == "after_norm"
     if dfollowing is not None and normed_is_passed:
         dnormed = c.ar.at("d.hidden", dnormed + dfollowing)
@@ -66,7 +64,7 @@ def backward(
     if dfollowing is not None and not normed_is_passed:
         dy = c.ar.at("d.hidden", dy + dfollowing)
     dx = ops.block.backward(c, dy, saved.layer, tokens.batch, dense, grads)
-    djoined = ops.linear.backward(c.at("eh_proj"), dx, saved.eh_proj, grads)  # (T, 2 D)
+    djoined = ops.linear.backward(c.at("eh_proj"), dx, _pair_again(c, saved), grads)  # (T, 2 D)
     de, dh = djoined[:, :wide], djoined[:, wide:]
     if c.choices.mtp_concat != "embedding_first":
         de, dh = dh, de
@@ -76,6 +74,29 @@ def backward(
     ops.embedding.backward(c.at("embed_tokens"), de, saved.embedded, grads)
     dhidden: Array = ops.norm.backward(c.at("hnorm"), dh, saved.hnorm, grads)
     return dhidden
+
+
+def _pair(c: Context, e: Array, h: Array) -> Array:
+    """e, h (T, D)  ->  (T, 2 D)."""
+    return np.concatenate((e, h) if c.choices.mtp_concat == "embedding_first" else (h, e), -1)
+
+
+def _head_again(c: Context, saved: Saved) -> linear.Saved:
+    """What the head saved, with the last norm's output computed again, if it was not kept."""
+    if not c.ar.recomputes("lm_head.in"):
+        return saved.head
+    x = norm.again(c.at("shared_head", "norm"), saved.last, c.config.rms_norm_eps)
+    return linear.again(saved.head, c.ar.keeping.operand("lm_head.in", x))
+
+
+def _pair_again(c: Context, saved: Saved) -> linear.Saved:
+    """What eh_proj saved, with the outputs of both norms computed again, if they were not kept."""
+    if not c.ar.recomputes("eh_proj.in"):
+        return saved.eh_proj
+    eps = c.config.rms_norm_eps
+    e = norm.again(c.at("enorm"), saved.enorm, eps)
+    h = norm.again(c.at("hnorm"), saved.hnorm, eps)
+    return linear.again(saved.eh_proj, c.ar.keeping.operand("eh_proj.in", _pair(c, e, h)))
 
 
 def shifted(given: Inputs, choices: Choices) -> Inputs:

@@ -3,7 +3,7 @@
 y[t, d] = x[t, d] * gain[d] / sqrt(mean_d x[t, d]^2 + eps)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refimpl.layers.context import Context, tensor
 from refimpl.numerics.arithmetic import Array, Kept
@@ -30,7 +30,16 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> Array:
     """dy (T, D)  ->  dx (T, D); adds the gain's gradient."""
     ar, gain = c.ar, c.array("weight")  # (D,)
     dy = c.joined(dy)
-    normed = ar.at("norm.normed", saved.x.value() * saved.inv_rms)  # (T, D)  recomputed, not stored
+    whole = saved.x.value() * saved.inv_rms  # (T, D)  recomputed, not stored
+    normed = ar.at("norm.normed", whole)  # (T, D)
     grads.product_sum(c.name("weight"), c.microbatch, dy, normed)  # summed over tokens when read
-    dn = dy * gain  # (T, D)
+    dn = ar.fused("d.norm.normed", dy * gain)  # (T, D)
+    if ar.reads_source("norm.normed"):
+        normed = whole
     return ar.at("d.norm.in", saved.inv_rms * (dn - normed * ar.mean(dn * normed)[:, None]))  # (T, D)
+
+
+def again(c: Context, saved: Saved, eps: float) -> Array:
+    """The output (T, D), computed again from what was kept."""
+    y: Array = c.ops.norm.forward(replace(c, ar=c.ar.keeping, probing=False), saved.x.value(), eps)[0]
+    return y

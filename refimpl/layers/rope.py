@@ -31,7 +31,8 @@ class Tables:
 def tables(c: Context, positions: Array) -> Tables:
     """positions (T,) int  ->  cos, sin (T, 1, R/2), both times the attention factor."""
     ar, ops = c.ar, c.ops
-    angle = ar.array(positions)[:, None] * ar.array(ops.frequencies(c.config, c.choices))  # (T, R/2)
+    frequencies = ar.fused("rope.frequency", ar.array(ops.frequencies(c.config, c.choices)))  # (R/2,)
+    angle = ar.fused("rope.angle", ar.array(positions)[:, None] * frequencies)  # (T, R/2)
     factor = ops.cos_sin_factor(c.config, c.choices)
     cos = ar.at("rope.table", ar.cos(angle) * factor)  # (T, R/2)
     sin = ar.at("rope.table", ar.sin(angle) * factor)
@@ -40,18 +41,19 @@ def tables(c: Context, positions: Array) -> Tables:
 
 def forward(c: Context, x: Array, at: Tables) -> Array:
     """x (T, H, R)  ->  rotated (T, H, R), in the layout of x."""
-    return c.ar.at("rope.out", _rotate(x, at.cos, at.sin, c.config.rope_interleave))
+    return c.ar.at("rope.out", _rotate(c, "rope.product", x, at.cos, at.sin))
 
 
 def backward(c: Context, dy: Array, at: Tables) -> Array:
     """dy (T, H, R)  ->  dx (T, H, R): the rotation by the opposite angle."""
-    return c.ar.at("d.rope.in", _rotate(dy, at.cos, -at.sin, c.config.rope_interleave))
+    return c.ar.at("d.rope.in", _rotate(c, "d.rope.product", dy, at.cos, -at.sin))
 
 
-def _rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
-    half = x.shape[-1] // 2
+def _rotate(c: Context, site: str, x: Array, cos: Array, sin: Array) -> Array:
+    half, interleaved = x.shape[-1] // 2, c.config.rope_interleave
     x0, x1 = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])  # (T, H, R/2)
-    y0, y1 = x0 * cos - x1 * sin, x0 * sin + x1 * cos  # (T, H, R/2)
+    y0 = c.ar.fused(site, x0 * cos) - c.ar.fused(site, x1 * sin)  # (T, H, R/2)
+    y1 = c.ar.fused(site, x0 * sin) + c.ar.fused(site, x1 * cos)  # (T, H, R/2)
     return np.stack([y0, y1], -1).reshape(x.shape) if interleaved else np.concatenate([y0, y1], -1)
 
 

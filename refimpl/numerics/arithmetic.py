@@ -7,7 +7,7 @@ whatever contracts, sums or is transcendental goes through the methods below.
     Exact      every contraction and every elementary function is correctly rounded to float64
     Floating   float64 or float32 on BLAS and NumPy, fast, with the bits of the platform (floating.py)
 
-A `Recipe` (recipe.py) is `Exact` with roundings at sites.
+A `Recipe` (recipe.py) is one of these with roundings at sites (rounded.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refimpl.numerics import contraction, functions
+from refimpl.numerics.blockscale import Quantised
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -50,10 +51,42 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Not kept: computed again in backward, by the layer that has it.  `probe` is for a trace alone."""
+
+    probe: Array | None = None
+    nbytes: int = 0
+
+    def value(self) -> Array:
+        if self.probe is None:
+            raise AssertionError("a value that was not kept was read before it was computed again")
+        return self.probe
+
+
 class Operand:
     """The input of linears, (T, K): prepared once, read by Fprop now and by Wgrad later."""
 
-    value: Array
+    def __init__(self, value: Array) -> None:
+        self._value = value
+
+    @property
+    def value(self) -> Array:
+        """(T, K) as plain numbers."""
+        return self._value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._value.shape
+
+    @property
+    def kept(self) -> Operand | Dropped:
+        """What is saved of it for Wgrad."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes while it is saved."""
+        return int(self._value.nbytes)
 
     @cached_property
     def prepared(self) -> contraction.Prepared:
@@ -67,9 +100,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of a linear, (N, K): prepared once for each side it is contracted on."""
+    """The weight of a linear, (N, K): prepared once for each side it is contracted on.
+
+    site: the name that its linear's sites begin with; stored: its codes and scales, where it is FP8.
+    """
 
     value: Array
+    site: str = ""
+    stored: Quantised | None = None
 
     @cached_property
     def for_fprop(self) -> contraction.Prepared:
@@ -85,6 +123,7 @@ class Arithmetic(Protocol):
 
     name: str
     order_free: bool  # whether contractions are exact, so that any split and order gives the same bits
+    reads_codes: bool  # whether linears read weights as codes and scales
 
     def array(self, x: npt.ArrayLike) -> Array:
         """A constant, table or weight in the carrier's dtype."""
@@ -97,6 +136,15 @@ class Arithmetic(Protocol):
 
     def at(self, site: str, x: Array) -> Array:
         """A value that crosses a boundary, rounded as the recipe says."""
+
+    def fused(self, site: str, x: Array) -> Array:
+        """A value inside of an operation, at the site "fused." + site: rounded if the recipe stores it."""
+
+    def stores(self, site: str) -> bool:
+        """Whether the recipe rounds at "fused." + site; sums are then taken term by term."""
+
+    def reads_source(self, site: str) -> bool:
+        """Whether the gradient of what made a value reads it as it was before it was rounded."""
 
     def keep(self, site: str, x: Array) -> Kept: ...
     def operand(self, site: str, x: Array) -> Operand: ...
@@ -136,11 +184,60 @@ class Arithmetic(Protocol):
     def segment_sum(self, x: Array, ids: Array, n: int) -> Array:
         """x (T, D), ids (T,)  ->  (n, D): sums of the rows that share an id."""
 
+    def product_sum(self, a: Array, b: Array) -> Array:
+        """a, b (T, D)  ->  (D,): the gradient of a gain, the sum over tokens of a * b."""
+
+    def row_sum(self, x: Array, ids: Array, n: int) -> Array:
+        """x (T, D), ids (T,)  ->  (n, D): the gradient of an embedding, the sums of rows that share an id."""
+
     def each(self, call: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
         """`[call(item) for item in items]`, on as many threads as pay off."""
 
+    def gradient(self, g: Array) -> Array:
+        """A weight's gradient, or a sum of such, as it is stored."""
 
-class Exact:
+    def recomputes(self, *sites: str) -> bool:
+        """Whether a value at any of these sites is not kept, but computed again in backward."""
+
+    @property
+    def keeping(self) -> Arithmetic:
+        """The same arithmetic, in which everything is kept: for computing again."""
+
+
+class KeepsAll:
+    """How an arithmetic without a recipe treats gradients and saved values: as they are."""
+
+    reads_codes = False
+
+    def fused(self, site: str, x: Array) -> Array:
+        return x
+
+    def stores(self, site: str) -> bool:
+        return False
+
+    def reads_source(self, site: str) -> bool:
+        return False
+
+    def product_sum(self: Any, a: Array, b: Array) -> Array:
+        total: Array = self.dot(a.T, b.T)
+        return total
+
+    def row_sum(self: Any, x: Array, ids: Array, n: int) -> Array:
+        total: Array = self.segment_sum(x, ids, n)
+        return total
+
+    def gradient(self, g: Array) -> Array:
+        return g
+
+    def recomputes(self, *sites: str) -> bool:
+        return False
+
+    @property
+    def keeping(self) -> Any:
+        return self
+
+
+class Exact(KeepsAll):
     """Defined by mathematics: correctly rounded contractions and functions in float64.  SPEC EXACT-1."""
 
     name = "exact"

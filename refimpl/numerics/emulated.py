@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refimpl.numerics import contraction, float32, functions
-from refimpl.numerics.arithmetic import Array, Kept, Operand, Plain, Weight, dsoftmax, softmax
+from refimpl.numerics.arithmetic import Array, KeepsAll, Kept, Operand, Plain, Weight, dsoftmax, softmax
 
 BLOCK: Final = 1 << 16  # results at a time, so that they stay in the cache
 Item = TypeVar("Item")
@@ -89,7 +89,7 @@ ORDERS: Final[dict[str, Order | Fine]] = {
 }
 
 
-class Emulated:
+class Emulated(KeepsAll):
     """See the module's text."""
 
     order_free = False

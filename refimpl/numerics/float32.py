@@ -42,14 +42,14 @@ def fma(a: Single, b: Single, c: Single) -> Single:
         doubtful |= np.abs(total) < 2.0**-126
         if doubtful.any():
             shape = total.shape
-            total[doubtful] = _sum_to_odd(
+            total[doubtful] = sum_to_odd(
                 np.broadcast_to(product, shape)[doubtful], np.broadcast_to(c, shape)[doubtful]
             )
         return total.astype(np.float32)
 
 
-def _sum_to_odd(x: NDArray[np.float64], y: Single) -> NDArray[np.float64]:
-    # Of the two float64 around a sum that is none itself, the one whose last bit is 1.
+def sum_to_odd(x: NDArray[np.float64], y: Single) -> NDArray[np.float64]:
+    """x + y (n,); of the two float64 around a sum that is none itself, the one whose last bit is 1."""
     s, error = two_sum(x, y.astype(np.float64))
     bits = s.view(np.int64)
     step = np.where((error > 0) == (s > 0), 1, -1)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from refimpl.numerics import threads
-from refimpl.numerics.arithmetic import Array, Kept, Operand, Plain, Weight
+from refimpl.numerics.arithmetic import Array, KeepsAll, Kept, Operand, Plain, Weight
 
 STACKED = 1 << 18  # multiplications of a matrix in a stack from which threads over the stack pay off
 SPLIT = 1 << 26  # multiplications of a matrix from which threads over its rows pay off
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
-class Floating:
+class Floating(KeepsAll):
     """float64 or float32 on BLAS and NumPy.  Fast; its bits are the platform's.  SPEC EXACT-7."""
 
     order_free = False

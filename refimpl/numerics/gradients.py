@@ -3,7 +3,7 @@
 Whatever sums over tokens arrives as operands.  In an order-free arithmetic the operands of all microbatches
 are joined and contracted once, when the gradient is read, so that neither the order of microbatches nor the
 split of the batch can change a bit.  In the other arithmetics each contribution is contracted by itself and
-the results are added in the order of the microbatches.
+the results are added in the order of the microbatches, each sum rounded as gradients are stored.
 
 Weight gradients of linears may wait (`deferred`): `run(n)` does the oldest n of them, first in, first out,
 which is the W of zero-bubble pipeline schedules.  One that waits keeps its place among the contributions to
@@ -49,7 +49,7 @@ class Products:
     b: Array
 
     def total(self, ar: Arithmetic) -> Array:
-        return ar.dot(self.a.T, self.b.T)
+        return ar.product_sum(self.a, self.b)
 
     @staticmethod
     def join(parts: list[Products]) -> Products:
@@ -65,7 +65,7 @@ class Rows:
     n: int
 
     def total(self, ar: Arithmetic) -> Array:
-        return ar.segment_sum(self.dy, self.ids, self.n)
+        return ar.row_sum(self.dy, self.ids, self.n)
 
     @staticmethod
     def join(parts: list[Rows]) -> Rows:
@@ -161,16 +161,16 @@ class Gradients:
     def _contract(self, one: _Contribution) -> None:
         """Operands become their gradient, unless they have to wait for those of all microbatches."""
         if not self.ar.order_free:
-            one.part = cast(Part, one.part).total(self.ar)
+            one.part = self.ar.gradient(cast(Part, one.part).total(self.ar))
 
     def _total(self, parts: list[Part | Array]) -> Array:
         """The sum: one contraction over operands, or contributions added in order."""
         if self.ar.order_free:
-            return _join(cast(list[Part], parts), self.ar).total(self.ar)
+            return self.ar.gradient(_join(cast(list[Part], parts), self.ar).total(self.ar))
         arrays = cast(list[Array], parts)
         total = arrays[0]
         for array in arrays[1:]:
-            total = total + array
+            total = self.ar.gradient(total + array)
         return total
 
 

@@ -1,117 +1,188 @@
-"""Rounding happens at sites, and a recipe says how.  SPEC RECIPE-1 to RECIPE-3.
+"""A recipe: how values are rounded, multiplied and kept, site by site.  SPEC RECIPE-1 to RECIPE-4.
 
-A site is a named boundary where a real system stores a tensor, sends it, or feeds it to a GEMM.  A recipe is
-a table from site to rule.  `Rounded` is the exact arithmetic with the recipe's roundings: contractions and
-functions stay correctly rounded in float64, and a value is rounded, once and to nearest even, where it
-crosses a site.  So a recipe says all there is to say about precision.
+A recipe is a list of rules from a pattern over sites to what happens there; the first rule that matches
+counts.  An ablation is a recipe with one rule changed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from typing import Any, Final
 
-from refimpl.numerics import formats
-from refimpl.numerics.arithmetic import Array, Exact, Kept, Operand, Plain
+from refimpl.errors import Invalid
+from refimpl.numerics import gemm, sites
+from refimpl.numerics.blockscale import QUANTISERS
+from refimpl.numerics.formats import FORMATS
 
-SITES = {
-    "embed.out": "rows of the embedding",
-    "norm.normed": "x / rms, before the gain",
-    "norm.out": "output of an RMSNorm",
-    "*.in": "the input of a linear, read by Fprop and Wgrad",
-    "*.out": "the output of a linear",
-    "*.dy": "the incoming gradient of a linear, read by Dgrad and Wgrad",
-    "*.dx": "the outgoing gradient of a linear",
-    "rope.table": "cos and sin",
-    "rope.out": "rotated query and key parts",
-    "attention.query": "the query, which some scale and store before the product",
-    "attention.scores": "scaled query-key products",
-    "attention.probs": "softmax of the scores",
-    "attention.out": "heads' outputs",
-    "gate.in": "the router's input",
-    "gate.logits": "the router's products",
-    "gate.scores": "sigmoid or softmax of the logits",
-    "gate.choice": "scores with the selection bias",
-    "gate.weights": "routing weights",
-    "swiglu.act": "silu(gate) * up",
-    "experts.out": "the weighted sum of the chosen experts",
-    "moe.out": "routed and shared experts together",
-    "residual": "the residual stream",
-    "lm_head.out": "the logits",
-    "optim.master": "the weights that the optimiser updates",
-    "optim.weight": "the weights that the model reads",
-    "optim.moment1": "the first moment of AdamW",
-    "optim.moment2": "the second moment of AdamW",
-    "optim.bias": "the selection bias",
-    "optim.ema": "the average of the parameters",
-    "d.*": "the gradient of the value at the site that follows",
-}
+CARRIER: Final = "carrier"
+TILES: Final = ("", "1x128", "128x1", "128x128", "tensor")
+KEPT: Final = ("plain", "codes", "recomputed")
+CARRIERS: Final = ("exact", "float32")
+ACCUMULATORS: Final = tuple(name for name in gemm.NAMES if not name.startswith("cublas"))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens at the sites that match a pattern; the first match counts."""
+    """What happens at the sites that match a pattern."""
 
     site: str  # a site or a pattern over sites
     format: str  # a name of formats.FORMATS, or "carrier" for no rounding
-    evidence: str  # "recorded" (seen in code or on hardware) or "modelled"
+    evidence: str  # "recorded" (seen in code, on hardware or in the report) or "modelled"
     source: str
+    tile: str = ""  # values that share a scale, rows x columns; "" for a format without scales
+    scale: str = ""  # how scales are made: a row of blockscale.QUANTISERS
+    of: str = "codes"  # what another GEMM quantises anew, or a gradient reads: what was kept, or its "source"
+    keep: str = "plain"  # how backward finds the value: "plain", as "codes", or "recomputed"
+    accumulator: str = ""  # of a product: a row of gemm.KERNELS, or "exact"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                shown = ", ".join(v or repr(v) for v in allowed)
+                raise Invalid(f"{self.site}.{name} is {value!r}, but it must be one of {shown}.")
+        if self.scaled and not self.scale:
+            raise Invalid(f"{self.site}.scale is empty, but {self.format} in tiles needs one.")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether values are codes with scales."""
+        return bool(self.tile) and self.format in SCALED
+
+
+def _check_place(site: str, rule: Rule) -> None:
+    """Raises Invalid for what a rule cannot mean at a site."""
+    if rule.keep == "recomputed" and site not in sites.RECOMPUTABLE:
+        raise Invalid(
+            f"{site}.keep is 'recomputed', but it must be plain or codes: no layer computes that value again."
+        )
+    tiles = sites.tiles(site)
+    if rule.scaled and tiles and rule.tile not in tiles:
+        raise Invalid(
+            f"{site}.tile is {rule.tile!r}, but it must be one of {', '.join(tiles)}: a product's scales "
+            "differ along its contracted axis by whole tiles of 128 only."
+        )
+
+
+SCALED: Final = tuple(name for name, fmt in FORMATS.items() if fmt.bits <= 12 and fmt.kind != "scale")
+_ALLOWED: Final[dict[str, tuple[str, ...]]] = {
+    "format": (CARRIER, *FORMATS),
+    "evidence": ("recorded", "modelled"),
+    "tile": TILES,
+    "scale": ("", *QUANTISERS),
+    "of": ("codes", "source"),
+    "keep": KEPT,
+    "accumulator": ("", *ACCUMULATORS),
+}
+FIELDS: Final = tuple(f.name for f in fields(Rule))
+CHANGEABLE: Final = tuple(f.name for f in fields(Rule) if f.name not in ("site", "evidence", "source"))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named table of rules."""
+    """A named table of rules, and the numbers between its sites: exact, or float32 on BLAS, which is fast and
+    has the platform's bits."""
 
     name: str
     rules: tuple[Rule, ...]
+    carrier: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.carrier not in CARRIERS:
+            raise Invalid(f"carrier is {self.carrier!r}, but it must be one of {', '.join(CARRIERS)}.")
+        for site in sites.every():
+            rule = next((rule for rule in self.rules if fnmatchcase(site, rule.site)), None)
+            if rule is not None:
+                _check_place(site, rule)
+
+    def rule(self, site: str) -> Rule:
+        """The rule of a site."""
+        for rule in self.rules:
+            if fnmatchcase(site, rule.site):
+                return rule
+        raise AssertionError(f"recipe {self.name} has no rule for site {site}")
 
     def format(self, site: str) -> str:
         """The format that values have at a site."""
-        for rule in self.rules:
-            if fnmatchcase(site, rule.site):
-                return rule.format
-        raise AssertionError(f"recipe {self.name} has no rule for site {site}")
+        return self.rule(site).format
 
+    @property
+    def scaled(self) -> bool:
+        """Whether any GEMM reads codes with scales."""
+        return any(rule.scaled for rule in self.rules)
 
-_HF = "transformers modeling_deepseek_v3.py"
-RECIPES = {
-    "bf16": Recipe(
-        "bf16",
-        (
-            Rule("gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
-            Rule("d.gate.*", "fp32", "recorded", f"{_HF}: the router runs in float32"),
-            Rule(
-                "attention.scores", "fp32", "modelled", "report section 3.3.1: attention keeps high precision"
-            ),
-            Rule("d.attention.scores", "fp32", "modelled", "report section 3.3.1"),
-            Rule("rope.table", "bf16", "recorded", f"{_HF}: cos and sin are cast to the input's dtype"),
-            Rule("norm.normed", "bf16", "recorded", f"{_HF}: cast before the gain"),
-            Rule("lm_head.out", "fp32", "modelled", "the loss is taken in float32"),
-            Rule("d.logits", "bf16", "modelled", "the gradient that enters the head's Dgrad and Wgrad"),
-            Rule("optim.moment*", "bf16", "recorded", "report section 3.3.3: moments in BF16"),
-            Rule("optim.weight", "bf16", "recorded", "every weight is read in bfloat16"),
-            Rule("optim.*", "fp32", "recorded", "report section 3.3.3: master weights in FP32"),
-            Rule("*", "bf16", "recorded", "every activation is stored in bfloat16"),
-        ),
-    ),
-}
+    @property
+    def adds_in_turn(self) -> bool:
+        """Whether the gradients of microbatches are added in their order, in less than float32."""
+        return any(rule.site == "grad" and rule.format not in (CARRIER, "fp32") for rule in self.rules)
 
+    @property
+    def meaning(self) -> dict[str, str]:
+        """What decides its numbers: the carrier and the rows in their order, without names and sources."""
+        kept = ("site", *CHANGEABLE)
+        text = (" ".join(f"{name}={getattr(rule, name)}" for name in kept) for rule in self.rules)
+        return {"carrier": self.carrier} | {f"row {i}": row for i, row in enumerate(text, 1)}
 
-class Rounded(Exact):
-    """The exact arithmetic with a recipe's roundings at its sites."""
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON's types; `from_dict` reads it back."""
+        return {"name": self.name, "carrier": self.carrier, "rules": [asdict(rule) for rule in self.rules]}
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.name = recipe.name
-        self._format = cache(recipe.format)
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Recipe:
+        """Raises Invalid for what `to_dict` does not write, and for a site without a rule."""
+        rules = given.get("rules")
+        if set(given) != {"name", "carrier", "rules"} or not isinstance(rules, list):
+            raise Invalid("a recipe has other fields than name, carrier and rules, but it must have these.")
+        for rule in (*rules, {name: given[name] for name in ("name", "carrier")}):
+            if not isinstance(rule, Mapping) or not all(isinstance(value, str) for value in rule.values()):
+                raise Invalid(f"a rule of a recipe is {rule!r:.80}, but its fields must be text.")
+        for rule in rules:
+            if set(rule) != set(FIELDS):
+                raise Invalid(
+                    f"a rule has fields {sorted(rule)!r:.80}, but it must have {', '.join(FIELDS)}."
+                )
+        recipe = cls(given["name"], tuple(Rule(**rule) for rule in rules), given["carrier"])
+        for site in sites.every():
+            if not any(fnmatchcase(site, rule.site) for rule in recipe.rules):
+                raise Invalid(f"recipe {recipe.name} has no rule for site {site}, but every site needs one.")
+        return recipe
 
-    def at(self, site: str, x: Array) -> Array:
-        name = self._format(site)
-        return x if name == "carrier" else formats.round_to(x, formats.FORMATS[name])
+    def changed(self, site: str, **values: Any) -> Recipe:
+        """The recipe with another value of some fields, at a site or pattern.
 
-    def keep(self, site: str, x: Array) -> Kept:
-        return Plain(x)
+        A rule of that very pattern is changed in its place; else every site that the pattern fits gets a
+        rule of its own.  Raises Invalid for an unknown site or field.
+        """
+        for name in values:
+            if name not in CHANGEABLE:
+                raise Invalid(f"{site}.{name}: a rule has no field {name}, but {', '.join(CHANGEABLE)}.")
+        made = {"evidence": "modelled", "source": "changed by hand", **values}
+        if any(rule.site == site for rule in self.rules):
+            rules = [replace(rule, **made) if rule.site == site else rule for rule in self.rules]
+            return replace(self, rules=tuple(rules))
+        fitting = [name for name in sites.every() if fnmatchcase(name, site)]
+        if not fitting:
+            raise Invalid(f"site {site} is unknown, but it must be a site or a pattern that fits one.")
+        own = [replace(self.rule(name), site=name, **made) for name in fitting]
+        return replace(self, rules=(*own, *self.rules))
 
-    def operand(self, site: str, x: Array) -> Operand:
-        return Operand(self.at(site, x))
+    def set(self, settings: Iterable[str]) -> Recipe:
+        """The recipe with SITE.FIELD=VALUE changed, one after another; carrier=VALUE is one too.
+
+        Raises Invalid.
+        """
+        recipe = self
+        for setting in settings:
+            where, equals, value = setting.partition("=")
+            site, dot, name = where.rpartition(".")
+            if where == CARRIER and equals:
+                recipe = replace(recipe, carrier=value)
+            elif equals and dot and site:
+                recipe = recipe.changed(site, **{name: value})
+            else:
+                raise Invalid(
+                    f"the setting is {setting!r}, but it must be SITE.FIELD=VALUE or carrier=VALUE."
+                )
+        return recipe

@@ -33,6 +33,7 @@ from refimpl.errors import Invalid, Missing, Unreadable, Unsupported
 from refimpl.layers.ops import DEEPSEEK_V3
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.precision import arithmetic
+from refimpl.numerics.recipe import Recipe
 from refimpl.training.adamw import Powers
 from refimpl.training.rules import DEEPSEEK_V3 as RULES
 from refimpl.training.state import State
@@ -62,10 +63,11 @@ def save(state: State, folder: str | PathLike[str], run: Mapping[str, Any] | Non
     Raises: Invalid for a state whose arithmetic, operations or rules have no name, or that is not finite;
     Unreadable.
     """
-    if state.ops is not DEEPSEEK_V3 or state.rules is not RULES or not _same(state.ar, state.precision):
+    recipe = getattr(state.ar, "recipe", None)
+    if state.ops is not DEEPSEEK_V3 or state.rules is not RULES or not _known(state.ar):
         raise Invalid(
-            "the state has operations, rules or an arithmetic of its own, but only a named precision with "
-            "the operations and rules of DeepSeek-V3 can be saved."
+            "the state has operations, rules or an arithmetic of its own, but only a named precision or a "
+            "recipe with the operations and rules of DeepSeek-V3 can be saved."
         )
     path = Path(folder)
     for name, array in _named(state):  # or the state that is there would be replaced by one that is refused
@@ -75,6 +77,7 @@ def save(state: State, folder: str | PathLike[str], run: Mapping[str, Any] | Non
     written = {
         "version": VERSION,
         "precision": state.precision,
+        "recipe": None if recipe is None else recipe.to_dict(),
         "steps": state.steps,
         "tokens": state.tokens,
         "powers": [state.powers.beta1, state.powers.beta2],
@@ -120,7 +123,7 @@ def _loaded(path: Path, given: Mapping[str, Any]) -> tuple[State, dict[str, Any]
         raise Invalid(f"{path} names the tensors {show(file)}, but it must name a state's file beside it.")
     if not isinstance(powers, list) or len(powers) != 2:
         raise Invalid(f"{path} has powers {show(powers)}, but they must be two numbers.")
-    own, ar = ModelConfig.from_dict(config), arithmetic(_text(path, given, "precision"))
+    own, ar = ModelConfig.from_dict(config), _arithmetic(path, given)
     settings = TrainingConfig.from_dict(training)
     weights, first, second, average = _read(path.parent / file, own, settings, ar)
     state = State(
@@ -208,13 +211,24 @@ def _read(
     return found
 
 
-def _same(ar: Arithmetic, name: str) -> bool:
-    """Whether the name of an arithmetic says all about it."""
+def _known(ar: Arithmetic) -> bool:
+    """Whether the name of an arithmetic, or its recipe, says all about it."""
     try:
-        named = arithmetic(name)
+        known = arithmetic(getattr(ar, "recipe", ar.name))
     except Invalid:
         return False
-    return type(named) is type(ar) and getattr(named, "recipe", None) == getattr(ar, "recipe", None)
+    return type(known) is type(ar)
+
+
+def _arithmetic(path: Path, given: Mapping[str, Any]) -> Arithmetic:
+    """Of the recipe whose rows are in the file, else of the precision's name."""
+    name = _text(path, given, "precision")
+    if given.get("recipe") is None:
+        return arithmetic(name)
+    recipe = Recipe.from_dict(_object(path, given, "recipe"))
+    if recipe.name != name:
+        raise Invalid(f"{path} has precision {show(name)}, but its recipe is named {show(recipe.name)}.")
+    return arithmetic(recipe)
 
 
 def _narrow(array: Array) -> Array:

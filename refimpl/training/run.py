@@ -15,6 +15,9 @@ from refimpl.config.model import ModelConfig
 from refimpl.config.rules import show
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid
+from refimpl.numerics.arithmetic import Arithmetic
+from refimpl.numerics.precision import arithmetic
+from refimpl.numerics.recipe import Recipe
 from refimpl.training import curve, files
 from refimpl.training.corpus import VOCABULARY, Corpus
 from refimpl.training.initialise import initialise
@@ -69,7 +72,7 @@ class Plan:
     config: ModelConfig
     training: TrainingConfig
     choices: Choices
-    precision: str
+    precision: str | Recipe
     seed: int
     microbatches: int
 
@@ -99,7 +102,9 @@ def begin(plan: Plan, folder: Path, resume: bool) -> tuple[State, Corpus]:
     _same(folder, "training field", state.training.to_dict(), plan.training.to_dict())
     _same(folder, "choice", state.choices.to_dict(), plan.choices.to_dict())
     _same(folder, "", remembered, plan.remembered(corpus))
-    _same(folder, "", {"precision": state.precision}, {"precision": plan.precision})
+    asked = arithmetic(plan.precision)
+    _same(folder, "", {"precision": state.precision}, {"precision": asked.name})
+    _same(folder, f"recipe {asked.name},", _meaning(state.ar), _meaning(asked))
     return state, corpus
 
 
@@ -130,6 +135,12 @@ def _batch(plan: Plan, corpus: Corpus, state: State) -> list[dict[str, Any]]:
     ids, targets = corpus.batch(plan.seed, state.steps, number, plan.training.sequence_length)
     parts = (np.array_split(x, plan.microbatches) for x in (ids, targets))
     return [{"input_ids": a, "targets": b} for a, b in zip(*parts, strict=True)]
+
+
+def _meaning(ar: Arithmetic) -> Mapping[str, Any]:
+    """What a recipe decides; nothing for an arithmetic whose name says all."""
+    recipe: Recipe | None = getattr(ar, "recipe", None)
+    return {} if recipe is None else recipe.meaning
 
 
 def _same(folder: Path, what: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

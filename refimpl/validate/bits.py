@@ -13,9 +13,11 @@ import numpy as np
 from refimpl.cases import exact, fingerprints
 from refimpl.cases.folder import FORMAT_OF, Folder, codes_in
 from refimpl.cases.format import PROBE, Tensor
+from refimpl.cases.staged import is_staged
 from refimpl.checkpoint.dtypes import DTYPES
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.numerics.arithmetic import Array
+from refimpl.validate import stagewise
 from refimpl.validate.tensor import HOLDS, MALFORMED, MISSING, OFF, TensorVerdict
 
 
@@ -43,7 +45,11 @@ def judge(folder: Folder, given: TensorFile) -> Judged:
             verdicts.append(TensorVerdict(t.name, t.role, MALFORMED, fault))
             continue
         usable[t.name] = t, codes_in(given, t.name)
-        verdicts.append(_tensor(folder, *usable[t.name]) if case.fingerprint is None else _plain(t))
+        judged_alone = case.fingerprint is None and not is_staged(case)
+        verdicts.append(_tensor(folder, *usable[t.name]) if judged_alone else _plain(t))
+    if is_staged(case):
+        stages = stagewise.judge(folder, usable)
+        verdicts = [stages.get(v.name, v) for v in verdicts]
     verdicts = _without_replaced(verdicts, case.outputs)
     notes = tuple(f"{flag['name']}: {flag['description']} {flag['effect']}" for flag in case.flags)
     names: tuple[str, ...] | None = None

@@ -86,7 +86,8 @@ class _Stepping:
         y = self.inner.at(site, x)
         if site == "attention.scores" and self.allowed is not None:
             y = np.where(self.allowed, y, -np.inf)
-        return self.met(f"{self.path}.{_SITES[site]}", y) if site in _SITES else y
+        own = site.removeprefix("shared_").removeprefix("experts.")
+        return self.met(f"{self.path}.{_SITES[own]}", y) if own in _SITES else y
 
     def operand(self, site: str, x: Array) -> Operand:
         if site in _OPERANDS:

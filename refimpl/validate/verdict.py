@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from refimpl.cases.claims import BITS, Claim, claim
+from refimpl.cases.claims import BITS, FP8, Claim, claim
 from refimpl.cases.folder import Folder
 from refimpl.cases.format import Case, Tensor
 from refimpl.cases.judging import Reference, judge, judge_set
+from refimpl.cases.staged import is_staged
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.errors import Error, Invalid, Unreadable
 from refimpl.numerics.arithmetic import Array
@@ -56,7 +57,8 @@ def check(case: str | Path, output: str | Path, precision: str | None = None) ->
     if folder.case.outcome == "reject":
         return refusal(folder.case, Path(output).exists())
     if folder.case.kind == "bits":
-        if precision not in (None, BITS):
+        offered = (BITS, FP8.name) if is_staged(folder.case) else (BITS,)
+        if precision is not None and precision not in offered:
             raise Invalid(
                 f"case {folder.case.id} compares bits, but {precision} was claimed; {BITS} is required."
             )

@@ -15,6 +15,7 @@ from refimpl import TrainingConfig
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.names import aliases
 from refimpl.errors import Error, Invalid, Missing, Unreadable, Unsupported
+from refimpl.numerics.recipes import RECIPES
 from refimpl.training import State, files, start, step
 from refimpl.training.rules import DEEPSEEK_V3 as RULES
 
@@ -23,7 +24,7 @@ TRAINING = TrainingConfig(warmup_steps=3, learning_rate=0.02, ema_decay=0.9, bal
 CHOICES = refimpl.Choices(mtp_concat="hidden_first", balance_counts="selected")
 
 
-def begun(precision: str = "float64", training: TrainingConfig = TRAINING) -> State:
+def begun(precision: Any = "float64", training: TrainingConfig = TRAINING) -> State:
     return start(CFG, random_weights(CFG, 0), training, CHOICES, precision)
 
 
@@ -41,8 +42,13 @@ def same(a: State, b: State) -> None:
         assert getattr(a, field) == getattr(b, field), field
 
 
-@pytest.mark.parametrize("precision", ["exact", "float64", "float32", "bf16"])
-def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(precision: str, tmp_path: Path) -> None:
+CHANGED = RECIPES["v3-fp8"].set(["*.dy.tile=128x128", "carrier=float32"])
+
+
+@pytest.mark.parametrize(
+    "precision", ["exact", "float64", "float32", "bf16", "v3-fp8", "v3-fp8@float32", CHANGED], ids=str
+)
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(precision: Any, tmp_path: Path) -> None:
     through = after(begun(precision), 0, 4)
     halfway = after(begun(precision), 0, 2)
     files.save(halfway, tmp_path, {"seed": 5})
@@ -50,6 +56,18 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(precision: s
     same(read, halfway)
     assert run == {"seed": 5}
     same(after(read, 2, 4), through)
+
+
+def test_a_recipe_is_written_row_by_row_and_read_back(tmp_path: Path) -> None:
+    files.save(begun(CHANGED), tmp_path)
+    written = json.loads((tmp_path / "state.json").read_text())
+    assert written["precision"] == "v3-fp8"
+    assert {row["site"]: row["tile"] for row in written["recipe"]["rules"]}["*.dy"] == "128x128"
+    read = files.load(tmp_path)[0]
+    assert (read.ar.recipe, read.ar.recipe.carrier) == (CHANGED, "float32")
+    del written["recipe"]  # as it was written before there were rows
+    (tmp_path / "state.json").write_text(json.dumps(written | {"precision": "v3-fp8@float32"}))
+    assert files.load(tmp_path)[0].ar.recipe == replace(RECIPES["v3-fp8"], carrier="float32")
 
 
 def test_without_an_average_there_is_none(tmp_path: Path) -> None:
@@ -160,6 +178,9 @@ class TestErrors:
             ({"powers": [0.5, 1.5]}, "power"),
             ({"precision": 7}, "precision"),
             ({"precision": "float16"}, "float16"),
+            ({"recipe": []}, "recipe"),
+            ({"recipe": {"name": "float64", "carrier": "exact", "rules": []}}, "no rule for site"),
+            ({"recipe": RECIPES["bf16"].to_dict()}, 'recipe is named "bf16"'),
             ({"training": []}, "training"),
             ({"config": {}}, "model_type"),
             ({"choices": {"mtp_concat": "both"}}, "mtp_concat"),

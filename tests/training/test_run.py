@@ -101,9 +101,17 @@ class TestCommand:
             assert np.mean(shares) == pytest.approx(1.0, rel=1e-3)
         assert (tmp_path / "weights" / "config.json").exists()
 
-    @pytest.mark.parametrize("precision", ["float32", "exact"])
+    @pytest.mark.parametrize("precision", ["float32", "exact", "v3-fp8 --recipe-set=*.dy.tile=128x128"])
     def test_stopped_and_resumed_is_not_stopped(self, precision: str, text: Path, tmp_path: Path) -> None:
-        more = ("--precision", precision, "--microbatches", "2", "--every", "2", "--set=ema_decay=0.9")
+        more = (
+            "--precision",
+            *precision.split(),
+            "--microbatches",
+            "2",
+            "--every",
+            "2",
+            "--set=ema_decay=0.9",
+        )
         assert command(text, tmp_path / "one", "--steps", "5", *more) == 0
         assert command(text, tmp_path / "two", "--steps", "3", *more) == 0
         assert command(text, tmp_path / "two", "--steps", "5", "--resume", *more) == 0
@@ -151,6 +159,38 @@ class TestCommand:
         assert command(text, tmp_path / "out", "--resume", "--steps", "3", *more) == 2
         self.refused(capsys, *fragments)
 
+    def test_a_recipe_and_its_fast_form_train_and_say_which_they_are(
+        self, text: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        for name, carrier in (("v3-fp8", "exact"), ("v3-fp8@float32", "float32")):
+            assert command(text, tmp_path / carrier, "--steps", "2", "--precision", name) == 0
+            recipe = files.load(tmp_path / carrier)[0].ar.recipe
+            assert (recipe.name, recipe.carrier) == ("v3-fp8", carrier)
+        assert "step 2" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("more", "fragments"),
+        [
+            (["--precision", "v3-fp8"], ["recipe v3-fp8, carrier is", "float32"]),
+            (["--precision", "v3.1-ue8m0@float32"], ['precision is "v3-fp8"', "v3.1-ue8m0"]),
+            (["--precision", "float32"], ['precision is "v3-fp8"', 'has "float32"']),
+            (
+                ["--precision", "v3-fp8@float32", "--recipe-set", "*.dy.format=e5m2"],
+                ["recipe v3-fp8, row", "format=e4m3", "format=e5m2"],
+            ),
+        ],
+        ids=str,
+    )
+    def test_a_resume_under_another_recipe(
+        self, more: list[str], fragments: list[str], text: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        own = ("--precision", "v3-fp8@float32")
+        assert command(text, tmp_path / "out", "--steps", "1", *own) == 0
+        capsys.readouterr()
+        assert command(text, tmp_path / "out", "--resume", "--steps", "2", *more) == 2
+        self.refused(capsys, *fragments)
+        assert command(text, tmp_path / "out", "--resume", "--steps", "2", *own) == 0
+
     def test_a_resume_with_another_text(self, text: Path, tmp_path: Path, capsys: Any) -> None:
         assert command(text, tmp_path / "out", "--steps", "1") == 0
         text.write_bytes(WORDS + b"!")
@@ -168,6 +208,10 @@ class TestCommand:
             (["--set=sequence_length=5000"], ["max_position_embeddings"]),
             (["--set=sequence_length=4000"], ["tokens", "need 4001"]),
             (["--precision", "float8"], ["float8"]),
+            (["--precision", "v3-fp8@float16"], ["v3-fp8@float16"]),
+            (["--recipe-set", "*.dy.format=e5m2"], ["--precision is float32"]),
+            (["--precision", "v3-fp8", "--recipe-set", "*.dz.format=e5m2"], ["*.dz"]),
+            (["--precision", "v3-fp8", "--recipe-set", "norm.in.keep=recomputed"], ["norm.in.keep"]),
             (["--microbatches", "3"], ["microbatches are 3", "only 2 sequences"]),
             (["--config", "nowhere.json"], ["nowhere.json"]),
         ],

@@ -9,6 +9,7 @@ from typing import Final
 
 from refimpl.cases.bits import Bits
 from refimpl.cases.definition import Definition
+from refimpl.cases.staged import Staged
 from refimpl.errors import Invalid
 
 SUITES: Final[tuple[str, ...]] = (
@@ -34,19 +35,20 @@ SUITES: Final[tuple[str, ...]] = (
     "tensorcore",
     "gemm",
     "fingerprint",
+    "recipe",
 )
 
 
 @cache
-def suite(name: str) -> tuple[Definition | Bits, ...]:
+def suite(name: str) -> tuple[Definition | Bits | Staged, ...]:
     """The cases of a suite.  Raises Invalid for another name."""
     if name not in SUITES:
         raise Invalid(f"suite {name[:60]!r} is unknown; {', '.join(SUITES)} are required.")
-    cases: tuple[Definition | Bits, ...] = import_module(f"refimpl.cases.suites.{name}").CASES
+    cases: tuple[Definition | Bits | Staged, ...] = import_module(f"refimpl.cases.suites.{name}").CASES
     return cases
 
 
-def definition(id: str) -> Definition | Bits:
+def definition(id: str) -> Definition | Bits | Staged:
     """The case of that id.  Raises Invalid for another one."""
     name = id.partition("/")[0]
     for case in suite(name):

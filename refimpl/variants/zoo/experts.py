@@ -94,7 +94,7 @@ def _fused_backward(c: Context, dy: Array, saved: mlp.Saved, grads: Gradients) -
     read = [ar.operand(f"{name}.dy", part) for name, part in zip(names, parts, strict=True)]
     for name, dy_part in zip(names, read, strict=True):
         inner = c.at(name)
-        grads.weight(inner.name("weight"), c.microbatch, dy_part, saved.gate_proj.x)
+        grads.weight(inner.name("weight"), c.microbatch, dy_part, saved.gate_proj.operand)
     whole = np.concatenate([c.at(name).array("weight") for name in names])
     dgate_up = Operand(np.concatenate([part.value for part in read], -1))
     return ar.at("d.mlp.in", ar.dgrad(dgate_up, ar.weight(whole)))
@@ -161,7 +161,7 @@ def _early_forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[A
         gate_part = c.ops.linear.forward(inner.at("gate_proj"), own)[0]
         up = c.ops.linear.forward(inner.at("up_proj"), own)[0]
         act = gate_part * ar.sigmoid(gate_part) * up
-        weighted = ar.operand("down_proj.in", act * flat[group.slots][:, None])
+        weighted = ar.operand("experts.down_proj.in", act * flat[group.slots][:, None])
         slots[group.slots] = c.ops.linear.forward(inner.at("down_proj"), weighted)[0]
         done.append((own, gate_part, up, act, weighted))
     y = ar.at("experts.out", ar.sum(slots.reshape(*idx.shape, -1), 1))
@@ -173,9 +173,9 @@ def _early_backward(c: Context, dy: Array, saved: Weighted, grads: Gradients) ->
     dslots, dweight = ar.zeros((flat.size, dy.shape[-1])), ar.zeros(flat.shape)
     for group, (own, gate_part, up, act, weighted) in zip(saved.groups, saved.saved, strict=True):
         inner = c.at(str(group.expert))
-        out = ar.operand("down_proj.dy", dy[group.tokens])
+        out = ar.operand("experts.down_proj.dy", dy[group.tokens])
         grads.weight(inner.name("down_proj.weight"), c.microbatch, out, weighted)
-        dweighted = ar.at("down_proj.dx", ar.dgrad(out, inner.weight("down_proj.weight")))
+        dweighted = ar.at("experts.down_proj.dx", ar.dgrad(out, inner.weight("down_proj.weight")))
         dweight[group.slots] = ar.dot(dweighted, act)
         dact = dweighted * flat[group.slots][:, None]
         s = ar.sigmoid(gate_part)
@@ -183,9 +183,9 @@ def _early_backward(c: Context, dy: Array, saved: Weighted, grads: Gradients) ->
         dgate, dup = dact * up * (s + silu * (1.0 - s)), dact * silu
         total = ar.zeros(own.value.shape)
         for name, part in (("gate_proj", dgate), ("up_proj", dup)):
-            read = ar.operand(f"{name}.dy", part)
+            read = ar.operand(f"experts.{name}.dy", part)
             grads.weight(inner.name(f"{name}.weight"), c.microbatch, read, own)
-            total = total + ar.at(f"{name}.dx", ar.dgrad(read, inner.weight(f"{name}.weight")))
+            total = total + ar.at(f"experts.{name}.dx", ar.dgrad(read, inner.weight(f"{name}.weight")))
         dslots[group.slots] = total
     dx = ar.sum(dslots.reshape(*saved.weight.shape, -1), 1)
     return ar.at("d.experts.in", dx), dweight.reshape(saved.weight.shape)

@@ -34,15 +34,15 @@ def _fused_backward(
         if inner.leaf not in (q_name, "kv_a_proj_with_mqa"):
             dx: Array = ops.linear.backward(inner, dy, own, to)
             return dx
-        out = inner.ar.operand(f"{inner.leaf}.dy", inner.joined(dy))
-        to.weight(inner.name("weight"), inner.microbatch, out, own.x)
+        out = inner.ar.operand(f"{inner.linear}.dy", inner.joined(dy))
+        to.weight(inner.name("weight"), inner.microbatch, out, own.operand)
         seen[inner.leaf] = out.value
         if len(seen) < 2:
-            return inner.ar.zeros(own.x.value.shape)
+            return inner.ar.zeros(own.operand.shape)
         names = (q_name, "kv_a_proj_with_mqa")
         both_dy = np.concatenate([seen[name] for name in names], -1)
         weights = np.concatenate([c.at(name).array("weight") for name in names])
-        return inner.ar.at(f"{inner.leaf}.dx", inner.ar.dgrad(Operand(both_dy), inner.ar.weight(weights)))
+        return inner.ar.at(f"{inner.linear}.dx", inner.ar.dgrad(Operand(both_dy), inner.ar.weight(weights)))
 
     inside = replace(c, ops=replace(c.ops, linear=Op(ops.linear.forward, waiting)))
     dx: Array = ops.mla.backward(inside, dy, saved, batch, grads)
@@ -67,12 +67,12 @@ def _split(ops: Ops) -> Op:
             dx: Array = ops.linear.backward(c, dy, saved, grads)
             return dx
         cfg = c.config
-        out = c.ar.operand(f"{c.leaf}.dy", c.joined(dy))
-        grads.weight(c.name("weight"), c.microbatch, out, saved.x)
+        out = c.ar.operand(f"{c.linear}.dy", c.joined(dy))
+        grads.weight(c.name("weight"), c.microbatch, out, saved.operand)
         keys = _key_rows(cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.v_head_dim)
         weight = c.array("weight")
         parts = [c.ar.dgrad(Operand(out.value[:, rows]), c.ar.weight(weight[rows])) for rows in (keys, ~keys)]
-        return c.ar.at(f"{c.leaf}.dx", parts[0] + parts[1])
+        return c.ar.at(f"{c.linear}.dx", parts[0] + parts[1])
 
     return Op(ops.linear.forward, backward)
 
@@ -106,8 +106,8 @@ def _absorbed_forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Absorb
     ar, ops, cfg = c.ar, c.ops, c.config
     tokens, heads, nope, wide = x.shape[0], cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     hidden = ar.operand("self_attn.in", x)
-    query, query_saved = mla._query(c, hidden)
-    query = query.reshape(tokens, heads, cfg.qk_head_dim)
+    query, first = mla.query_down(c, hidden)
+    query, q_norm, q_b = mla.query_up(c, query)
     down, kv_a_saved = ops.linear.forward(c.at("kv_a_proj_with_mqa"), hidden)
     eps = c.choices.norm_epsilon(cfg)
     latent, norm_saved = ops.norm.forward(c.at("kv_a_layernorm"), down[:, :wide], eps)
@@ -131,7 +131,16 @@ def _absorbed_forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Absorb
     flat = out.reshape(tokens, -1)
     y, o_saved = ops.linear.forward(c.at("o_proj"), ar.operand("o_proj.in", flat))
     probes = (c.probe(q_pe), c.probe(k_pe))
-    own = (query_saved, kv_a_saved, norm_saved, *probes, attended, c.probe(flat), o_saved, c.probe(y))
+    own = (
+        mla.query_saved(first, q_norm, q_b),
+        kv_a_saved,
+        norm_saved,
+        *probes,
+        attended,
+        c.probe(flat),
+        o_saved,
+        c.probe(y),
+    )
     return y, Absorbed(*own, q_nope, mixed)
 
 

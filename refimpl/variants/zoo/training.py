@@ -81,8 +81,8 @@ def _by_token(ops: Ops) -> Op:
         of = given.sequence[saved.rows]
         tokens = ar.array(np.maximum(saved.tokens, 1))
         losses = {}
-        for kind, shares in saved.shares.items():
-            each = ar.dot(saved.factors[kind][of], shares)  # (M,)
+        for kind, factors in saved.factors.items():
+            each = ar.dot(factors[of], saved.shares.get(kind, scores[saved.rows]))  # (M,)
             losses[kind] = ar.segment_sum(each[:, None], of, given.number)[:, 0] / tokens
         value = c.probe(np.stack(list(losses.values())))
         return losses, replace(saved, losses=losses, value=value)

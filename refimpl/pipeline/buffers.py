@@ -20,6 +20,7 @@ from weakref import ref
 import numpy as np
 
 from refimpl.errors import Invalid
+from refimpl.numerics.arithmetic import Operand, Plain
 from refimpl.numerics.gradients import Gradients
 
 Key = tuple[int, int]  # stage, microbatch
@@ -138,9 +139,10 @@ class Tally:
 
 
 def buffers(held: Any, ignored: Mapping[int, int] | None = None) -> dict[int, int]:
-    """The memory that dataclasses, containers and the arrays in them keep: a buffer's identity -> its bytes.
+    """The memory that objects keep: a buffer's identity -> its bytes.
 
-    A view keeps the whole array that it is of.
+    Containers and dataclasses are looked into.  A view keeps the whole array that it is of.  What a recipe
+    keeps in another form (as codes, say) takes what that form takes.
     """
     found: dict[int, int] = {}
     seen, left = set[int](), [held]
@@ -153,11 +155,14 @@ def buffers(held: Any, ignored: Mapping[int, int] | None = None) -> dict[int, in
                 found[id(one)] = one.nbytes
         elif id(one) not in seen:
             seen.add(id(one))
-            if isinstance(one, Mapping):
+            if type(one) in (Operand, Plain):
+                left.append(one.value if isinstance(one, Operand) else one.array)
+            elif isinstance(getattr(one, "nbytes", None), int):
+                found[id(one)] = one.nbytes
+            elif isinstance(one, Mapping):
                 left += one.values()
             elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
                 left += one
             elif is_dataclass(one) and not isinstance(one, type):
                 left += [getattr(one, field.name) for field in fields(one)]
-                left += getattr(one, "__dict__", {}).values()  # what was computed when asked for, too
     return found

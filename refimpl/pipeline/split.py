@@ -74,19 +74,23 @@ def _by_number(units: Sequence[Unit], layers: int, numbers: Sequence[int]) -> Sp
 
 def _by_name(units: Sequence[Unit], how: Sequence[object]) -> Split:
     """Stages of the units with these names, which have to be all of them in their order."""
-    left, found = list(units), []
+    left, found = tuple(units), []
     for stage, names in enumerate(how):
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise Invalid(
-                f"stage {stage} of the split is {names!r}, but all of them have to be numbers of decoder layers, "
-                "or all of them the names of units."
+                f"stage {stage} of the split is {names!r}, but stages are numbers of decoder layers, or "
+                "sequences of the names of units."
             )
-        for one in names:
-            if not left or one != name(left[0]):
-                then = f"the next unit is {name(left[0])}" if left else "all units have their stage by then"
+        own, left = left[: len(names)], left[len(names) :]
+        for place, one in enumerate(names):
+            if place >= len(own) or one != name(own[place]):
+                then = (
+                    f"the next unit is {name(own[place])}"
+                    if own[place:]
+                    else "every unit has its stage by then"
+                )
                 raise Invalid(f"stage {stage} of the split has {one!r}, but {then}.")
-            left.pop(0)
-        found.append(tuple(units[len(units) - len(left) - len(names) : len(units) - len(left)]))
+        found.append(own)
     if left:
         raise Invalid(f"the split has no stage for {name(left[0])}, but every unit needs one.")
     return _filled(found)

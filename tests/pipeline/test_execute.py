@@ -91,7 +91,7 @@ def unpipelined(one: Model, batches: Any, ways: list[list[int]]) -> tuple[float,
     found = [grads.reduce() for grads in collected]
     gradients = found[0]
     for other in found[1:]:
-        both = {name: gradients[name] + other[name] for name in gradients.keys() & other.keys()}
+        both = {n: one.ar.gradient(gradients[n] + other[n]) for n in gradients.keys() & other.keys()}
         gradients = gradients | other | both
     losses = parts(one.ar, joined(terms), whole)
     return total(losses, one.training), losses, gradients
@@ -143,7 +143,7 @@ class TestEquality:
 
     @pytest.mark.parametrize(
         ("precision", "shape"),
-        [("float32", shape) for shape in ONE_OF_EACH] + [("bf16", ONE_OF_EACH[i]) for i in (2, 3, 5)],
+        [("float32", shape) for shape in ONE_OF_EACH[::2]] + [("bf16", SHAPES[9]), ("v3-fp8", SHAPES[15])],
         ids=lambda value: value if isinstance(value, str) else value[0],
     )
     def test_and_so_are_the_others(self, shape: tuple, precision: str) -> None:
@@ -167,15 +167,13 @@ class TestEquality:
         one = small("float64", schedule.stages)
         batches, rng = cut(batch(), many), np.random.default_rng(ranks)
         expected = unpipelined(one, batches, halves(schedule))
-        for latency in (0, 7):
-            scale = [int(s) for s in rng.integers(0, 9, schedule.stages)]
-            durations = Durations(*(int(d) for d in rng.integers(0, 9, 3)), latency=latency, scale=scale)
-            agrees(execute(one, schedule, batches, durations=durations), expected, one)
+        scale = [int(s) for s in rng.integers(0, 9, schedule.stages)]
+        durations = Durations(*(int(d) for d in rng.integers(0, 9, 3)), latency=7, scale=scale)
+        agrees(execute(one, schedule, batches, durations=durations), expected, one)
 
 
 class TestShared:
-    @pytest.mark.parametrize("precision", ["exact", "float64"])
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize(("precision", "tied"), [("exact", True), ("float64", True), ("float64", False)])
     @pytest.mark.parametrize("shape", [("zb1p", 4, 5), ("dualpipe", 4, 8), ("dualpipev", 2, 4)], ids=str)
     def test_embedding_and_head_of_several_stages_add_up_once(
         self, shape: tuple, tied: bool, precision: str

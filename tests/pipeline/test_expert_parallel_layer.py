@@ -37,7 +37,7 @@ from refimpl.numerics.arithmetic import Operand
 from refimpl.numerics.emulated import Emulated
 from refimpl.numerics.gradients import Gradients
 from refimpl.numerics.precision import arithmetic
-from refimpl.numerics.recipe import RECIPES
+from refimpl.numerics.recipes import RECIPES
 from refimpl.pipeline.expert_parallel.combine import BY_SLOTS, IN_STAGES
 from refimpl.pipeline.expert_parallel.dispatch import dispatch
 from refimpl.pipeline.expert_parallel.placement import Placement, by_rank, evenly
@@ -65,7 +65,7 @@ def layer(op, ar, at, idx, ops=DEEPSEEK_V3, deferred=False):
     cfg = config(n_routed_experts=count, n_group=1, topk_group=1, num_experts_per_tok=1)
     weights = {name: w for name, w in at.items() if name.endswith("proj.weight")}
     c = replace(context(weights, ar=ar, cfg=cfg), ops=ops)
-    y, saved = op.forward(c, ar.operand("mlp.in", ar.array(at["x"])), idx, ar.array(at["weight"]))
+    y, saved = op.forward(c, ar.operand("experts.in", ar.array(at["x"])), idx, ar.array(at["weight"]))
     grads = Gradients(ar, deferred)
     dx, dweight = op.backward(c, ar.array(at["dy"]), saved, grads)
     out = {name: array for name, array, _ in tensors(saved, "m")}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refimpl.layers import experts
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.pipeline.expert_parallel.dispatch import Dispatch
 
@@ -27,12 +28,12 @@ class Combine(NamedTuple):
 
 
 def _weighted(ar: Arithmetic, plan: Dispatch, slots: Array, weight: Array) -> Array:
-    y = ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]  # (T, D)  summed over K
-    return ar.at("experts.out", y)
+    return ar.at("experts.out", experts.combined(ar, weight, slots, plan.idx))
 
 
 def _summed(ar: Arithmetic, plan: Dispatch, dslots: Array) -> Array:
-    return ar.at("d.experts.in", ar.sum(dslots, 1))
+    order = experts.by_expert(plan.idx)
+    return ar.at("d.experts.in", experts.added(ar, "d.experts.sum", dslots, order))
 
 
 def _weighted_in_stages(ar: Arithmetic, plan: Dispatch, slots: Array, weight: Array) -> Array:

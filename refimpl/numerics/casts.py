@@ -114,7 +114,7 @@ def widen(codes: ArrayLike, fmt: Format, name: str = "format") -> NDArray[np.flo
     """
     given = np.asarray(codes)
     formats.require_codes(given, fmt)
-    values: NDArray[np.float32] = _widened(behaviour(name, fmt), fmt)[given]
+    values: NDArray[np.float32] = _widened(behaviour(name, fmt), fmt).take(given)
     return values
 
 

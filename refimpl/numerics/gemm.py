@@ -12,6 +12,8 @@ p_k is the product over the 128 codes of block k, and all additions happen in th
     triton_mma     8 steps of FP16 mma from zero (TENSOR-4)  fma(RN(p_k sa), sb, acc)
     promote_fp32   RN of the exact sum                       fma(RN(sa sb), p_k, acc)
 
+`unpromoted` has no acc in float32: the tensor core's register runs on through all blocks (unpromoted.py).
+
 GEMM-2.  `exact` is RN of the exact sum over all of K of the products (sa a) (sb b).
 
 GEMM-3, `cublas_tensor`, one scale for all of a and one for all of b: with accumulation "fast" a wgmma chain
@@ -36,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.errors import Invalid
-from refimpl.numerics import promoted
+from refimpl.numerics import promoted, unpromoted
 from refimpl.numerics.contraction import contract, dot
 from refimpl.numerics.float32 import Single, canonical, fma, to_bf16
 from refimpl.numerics.formats import Format
@@ -114,6 +116,8 @@ def gemm_fp8(
 def _part(
     kernel: str, a: Codes, sa: Single, b: Codes, sb: Single, fa: Format, fb: Format, part: slice
 ) -> Single:
+    if kernel == "unpromoted":
+        return unpromoted.product(a, sa, b, sb, fa, fb)
     fast = kernel == "promote_fp32"
     if fast and promoted.suits(a, sa, fa) and promoted.suits(b, sb, fb):
         return promoted.product(a, sa, b, sb, fa, fb)
@@ -216,7 +220,7 @@ KERNELS = {
     "triton_mma": Kernel(unpacked, _mma, _scales_after),
     "promote_fp32": Kernel(values, _sum, _scales_first, 256),
 }
-NAMES = (*KERNELS, "cublas_tensor", "exact")
+NAMES = (*KERNELS, "unpromoted", "cublas_tensor", "exact")
 OUTPUTS = ("fp32", "bf16")
 
 

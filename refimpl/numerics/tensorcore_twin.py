@@ -115,6 +115,31 @@ def gemm(a: Sequence[int], sa: Sequence[int], b: Sequence[int], sb: Sequence[int
     return acc
 
 
+def unpromoted(a: Sequence[int], sa: Sequence[int], b: Sequence[int], sb: Sequence[int]) -> int:
+    """GEMM-1's kernel of that name for one element, arguments as of `gemm`."""
+    acc, unit, e4m3 = 0, 0, FORMATS["e4m3"]
+    for block, (left, right) in enumerate(zip(sa, sb, strict=True)):
+        part, scale = slice(128 * block, 128 * block + 128), product(left, right)
+        if scale & 0x7FFFFFFF:
+            acc, unit = chain(a[part], b[part], in_units(acc, unit, scale), e4m3, e4m3, QGMMA), scale
+        else:
+            acc = fma(scale, chain(a[part], b[part], 0, e4m3, e4m3, QGMMA), acc)
+    return fma(acc, unit, 0)
+
+
+def in_units(acc: int, old: int, new: int) -> int:
+    """acc old / new, cut toward zero to the fraction bits that QGMMA keeps; new is not zero."""
+    if old == new:
+        return acc
+    u, v, w = number(acc), number(old), number(new)
+    if isinstance(u, float) or isinstance(v, float) or isinstance(w, float):
+        quotient = float(u) * float(v) / float(w)
+        if quotient == 0:
+            return 0
+        return NAN_BITS if math.isnan(quotient) else _infinity(quotient < 0)
+    return cut_to_float32(int(u * v / w * 2**200), -200, QGMMA.kept)
+
+
 def product(x: int, y: int) -> int:
     """RN(x y) on bits of float32."""
     return fma(x, y, 1 << 31)  # -0, which leaves the sign of a product that is zero

@@ -311,3 +311,24 @@ def test_what_does_not_fit_is_refused():
         dequantise(Quantised(np.full((1, 1), 4096, np.uint16), np.ones((1, 1), np.float32), ACTIVATION, E5M6))
     with pytest.raises(Invalid, match=r"scales have the type float64, but they must be float32\.$"):
         Quantised(np.zeros((2, 200), np.uint8), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("recipe", ["ieee", "noclamp", "torch_dg"])
+@pytest.mark.parametrize("tile", [(1, 128), (128, 1), (128, 128), (1, 1), (4, 3), (500, 500)])
+@pytest.mark.parametrize("shape", [(1, 1), (128, 128), (131, 259), (5, 300), (300, 5)])
+def test_every_tile_has_the_scale_that_it_has_alone(recipe, tile, shape):
+    x = normal(shape, 5)
+    specials = np.array([0x7FC00000, 0xFF800001, 0x7F800000, 0x80000000, 1], np.uint32).view(np.float32)
+    for i, value in enumerate(specials):
+        x.reshape(-1)[i * 7 % x.size] = value
+    row = QUANTISERS[recipe]
+    found = blockscale.tile_scales(x, row, tile)
+    for i in range(found.shape[0]):
+        for j in list(range(min(found.shape[1], 6))) + [-1]:
+            at = range(found.shape[1])[j]
+            part = x[i * tile[0] : (i + 1) * tile[0], at * tile[1] : (at + 1) * tile[1]]
+            alone = blockscale.tile_scales(part.reshape(1, -1), row, (1, part.size))
+            assert np.array_equal(found[i, j], alone[0, 0], equal_nan=True)
+            if not np.isnan(part).any():
+                largest = max([abs(float(v)) for v in part.reshape(-1)])
+                assert alone[0, 0] == blockscale.tile_scales(np.array([[largest]], np.float32), row, (1, 1))

@@ -18,6 +18,7 @@ _KERNELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("exact", {"kernel": "exact"}),
 )
 _HOPPER = _KERNELS[:3]
+_ALL = (*_KERNELS, ("unpromoted", {"kernel": "unpromoted"}))
 
 
 def _scales(shape: tuple[int, ...]) -> Whole:
@@ -48,7 +49,7 @@ def _shape(
             arguments,
             streams=id,
             flags=(
-                flags.SHORT_ACCUMULATOR,
+                *((flags.SHORT_ACCUMULATOR,) if name != "unpromoted" else ()),
                 flags.GRID_TRANSPOSED,
                 *((flags.LAST_BLOCK_LOST,) if n % 128 else ()),
             ),
@@ -80,7 +81,7 @@ _GROUP = np.repeat([0, 1, -1, 2, -1], [128, 100, 28, 7, 121]).astype(np.int32)  
 CASES: tuple[Bits, ...] = (
     *_shape(64, 576, 7168, "kv_a_proj_with_mqa, whose 576 rows no block divides", _KERNELS),
     *_shape(16, 2112, 7168, "q_a_proj and kv_a_proj_with_mqa together, 2112 rows", _HOPPER),
-    *_shape(16, 2048, 2048, "The experts' down_proj, K = 2048, of 2048 of its rows", _KERNELS),
+    *_shape(16, 2048, 2048, "The experts' down_proj, K = 2048, of 2048 of its rows", _ALL),
     *_shape(16, 256, 18432, "The dense down_proj, K = 18432, of 256 of its rows", _HOPPER),
     _tensor("fast", 1),
     _tensor("blocks", 1),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from itertools import pairwise
 from operator import add
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -17,10 +20,13 @@ from refimpl.errors import Invalid
 from refimpl.losses import joined, parts, total
 from refimpl.model import Model
 from refimpl.pipeline import memory
-from refimpl.pipeline.execute import Execution, execute
+from refimpl.pipeline.execute import Execution, execute, in_order, run
+from refimpl.pipeline.network import Done
 from refimpl.pipeline.rules import plan
-from refimpl.pipeline.schedule import Schedule
+from refimpl.pipeline.schedule import Entry, Schedule
 from refimpl.pipeline.simulate import Durations
+from refimpl.pipeline.split import split
+from refimpl.pipeline.stages import ModelStage, staged
 
 # The weights of the losses are large, so that nothing hides behind the main one.
 TRAINING = TrainingConfig(mtp_loss_weight=0.7, balance_loss_weight=0.4)
@@ -271,7 +277,41 @@ class TestInputs:
         agrees(found, unpipelined(one, batches, [[0, 1, 2]]), one)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A stage whose units' saved values are known, weakly."""
+
+    stage: ModelStage
+    number: int
+    kept: dict[tuple[int, int], list[ref]]
+
+    def forward(self, microbatch: int, x: np.ndarray | None) -> Done:
+        done = self.stage.forward(microbatch, x)
+        self.kept[self.number, microbatch] = [ref(one.saved) for one in done.saved.units]
+        return done
+
+    def backward(self, *given: Any) -> np.ndarray | None:
+        return self.stage.backward(*given)
+
+
 class TestWhatIsHeld:
+    @pytest.mark.parametrize("release", ["W", "I"])
+    def test_what_the_units_saved_is_there_until_its_release_and_not_after(self, release: str) -> None:
+        one, schedule, kept = small("float64"), plan("zbv", 2, 5), {}
+        net = staged(one, cut(batch(), 5), split(one.units, 4))
+        net = replace(net, stages=tuple(Watched(stage, n, kept) for n, stage in enumerate(net.stages)))
+        released = set()
+
+        def watched() -> Iterator[tuple[int, Entry]]:
+            for rank, entry in in_order(schedule):
+                yield rank, entry
+                released.update(a[1:] for a in entry.parts if a.kind in ("B", release))
+                for key, of_units in kept.items():
+                    assert {saved() is None for saved in of_units} == {key in released}
+
+        run(net, schedule, release=release, order=watched())
+        assert len(released) == 4 * 5
+
     def test_shares_of_microbatches_add_up_to_the_loss(self) -> None:
         found = execute(small("float64"), plan("1f1b", 2, 4), cut(batch(), 4), stages="more_last")
         assert sum(share.value for share in found.shares) == pytest.approx(found.loss, rel=1e-14)

@@ -124,7 +124,7 @@ def of_case(path: str, ids: tuple[str, ...]) -> tuple[str, Exceeded]:
     """(the case's id, the factors of the mutants that apply to it).  Raises Unreadable."""
     folder = Folder.open(path)
     case = folder.case
-    if case.kind == "bits":
+    if case.by_bits:
         return case.id, _of_bits(folder, ids) if case.fingerprint is None else {}
     return case.id, _of_numbers(folder, ids) if case.outcome != "reject" else {}
 

@@ -88,9 +88,7 @@ def staged(model: Model, batches: Sequence[Mapping[str, Any]], cut: Split) -> Mo
     for number, one in enumerate(batches):
         unknown = [name for name in one if name not in ARGUMENTS]
         if unknown:
-            raise Invalid(
-                f"microbatch {number} has {unknown[0]!r}, but it may have {', '.join(ARGUMENTS)}."
-            )
+            raise Invalid(f"microbatch {number} has {unknown[0]!r}, but it may have {', '.join(ARGUMENTS)}.")
         if "input_ids" not in one:
             raise Invalid(f"microbatch {number} has no input_ids, but it needs them.")
         if one.get("labels") is None and one.get("targets") is None:

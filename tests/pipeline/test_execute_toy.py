@@ -337,18 +337,24 @@ def test_the_measured_peak_is_what_is_in_memory_not_what_is_booked() -> None:
 
 
 def test_a_pair_needs_both_of_its_messages_before_either_half_runs() -> None:
-    schedule = plan("dualpipe", 2, 4)
-    rank, position = next(
-        (r, i) for r, own in enumerate(schedule.ranks) for i, e in enumerate(own) if isinstance(e, Pair)
-    )
-    net = toy(2, 4)
-
-    def early() -> Iterator[tuple[int, Entry]]:
-        for entry in schedule.ranks[rank][: position + 1]:
-            yield rank, entry
-
-    with pytest.raises(KeyError):  # the other rank has sent nothing
-        run(net, schedule, order=early())
+    schedule = plan("dualpipe", 4, 8)
+    order = in_order(schedule)
+    made = {part: place for place, (_, entry) in enumerate(order) for part in entry.parts}
+    tried = 0
+    for place, (rank, entry) in enumerate(order):
+        if not isinstance(entry, Pair) or entry.forward.stage == 0 or entry.backward.stage == 3:
+            continue
+        _, stage, microbatch = entry.backward
+        last = max(made.get(Action(kind, stage + 1, microbatch), -1) for kind in "BI")
+        before = max(i for i in range(place) if order[i][0] == rank)
+        if last < max(before, made[Action("F", entry.forward.stage - 1, entry.forward.microbatch)]):
+            continue  # its gradient is not what it waits for
+        net = toy(4, 8)
+        with pytest.raises(KeyError):
+            run(net, schedule, order=[*order[:last], (rank, entry)])
+        assert len(net.calls) == sum(part.kind != "W" for _, one in order[:last] for part in one.parts)
+        tried += 1
+    assert tried
 
 
 def test_directions_are_the_microbatches_that_take_the_same_ranks() -> None:

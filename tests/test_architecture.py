@@ -29,7 +29,13 @@ ORDER = (
     "errors",
 )
 MODEL = ("model", "units", "losses", "inputs", "parameters", "prepared")  # the modules of the layer `model`
-PROGRAMS = ("programs", "setting", "training_programs", "recipe_programs")  # those of the layer `programs`
+PROGRAMS = (
+    "programs",
+    "setting",
+    "training_programs",
+    "recipe_programs",
+    "pipeline_programs",
+)  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
 TOP = {name: i for i, name in enumerate(ORDER)}

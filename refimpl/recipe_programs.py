@@ -1,4 +1,4 @@
-"""A component run in a recipe, GEMM by GEMM.  SPEC CASE-7, RECIPE-13.
+"""A component run in a recipe, GEMM by GEMM.  SPEC CASE-7, CASE-17.
 
     PATH.SITE            the values that are quantised, as float32
     PATH.SITE.codes      what is kept of them, or what Dgrad reads; their scales are .codes_scale
@@ -93,9 +93,13 @@ class Noting(Rounded):
         return super().operand(site, values)
 
     def quantise(self, x: Array, rule: Rule, transposed: bool) -> Rows:
-        made = replace(super().quantise(x, rule, transposed), origin=Origin(x, rule, transposed))
+        made = replace(self.made(x, rule, transposed), origin=Origin(x, rule, transposed))
         name, self._state.quantising = self._state.quantising, ""
         return self._read(name, made) if name else made
+
+    def made(self, x: Array, rule: Rule, transposed: bool) -> Rows:
+        """The codes; what a mistake in quantisation changes."""
+        return super().quantise(x, rule, transposed)
 
     def keep(self, site: str, x: Array) -> Kept:
         kept = super().keep(site, x)
@@ -197,10 +201,16 @@ def located(ar: Noting, ops: Ops) -> Ops:
 
 
 def run(
-    component: str, setting: Setting, recipe: Recipe, theirs: Mapping[str, Array] | None = None
+    component: str,
+    setting: Setting,
+    recipe: Recipe,
+    theirs: Mapping[str, Array] | None = None,
+    arithmetic: Callable[[Recipe], Noting] | None = None,
 ) -> list[Met]:
-    """Everything that the component computes in the recipe, in order; the results come last."""
-    ar = Noting(recipe, theirs)
+    """Everything that the component computes in the recipe, in order; the results come last.
+
+    theirs: a port's tensors, to go on with; arithmetic: another one that notes, such as a mutant's."""
+    ar = Noting(recipe, theirs) if arithmetic is None else arithmetic(recipe)
     outputs = programs.run(component, replace(setting, ar=ar, ops=located(ar, setting.ops)))
     given = theirs or {}
     results = [

@@ -23,6 +23,7 @@ ORDER = (
     "training",
     "model",
     "layers",
+    "accounting",
     "checkpoint",
     "config",
     "numerics",

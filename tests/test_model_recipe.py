@@ -13,6 +13,7 @@ from refimpl.numerics.recipe import Recipe, Rule
 from refimpl.numerics.recipes import RECIPES
 from refimpl.numerics.rounded import Rounded
 from refimpl.numerics.sites import VALUES as SITES
+from refimpl.numerics.sites import every
 
 BF16 = RECIPES["bf16"]
 FORMATS = {"bf16": ml_dtypes.bfloat16, "fp32": np.float32}
@@ -58,7 +59,7 @@ def test_every_site_is_documented_and_every_documented_site_exists() -> None:
 
 
 def test_every_rule_of_the_recipe_decides_about_some_site() -> None:
-    assert {first_match(site) for site in all_sites()} == {rule.site for rule in BF16.rules}
+    assert {first_match(site) for site in all_sites() | set(every())} == {rule.site for rule in BF16.rules}
 
 
 @pytest.mark.parametrize(

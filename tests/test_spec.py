@@ -22,6 +22,7 @@ from refimpl.numerics.casts import CASTS
 from refimpl.numerics.floating import Floating
 from refimpl.numerics.gemm import KERNELS, NAMES
 from refimpl.numerics.sites import VALUES as SITES
+from refimpl.numerics.sites import every
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "SPEC.md").read_text("utf-8")
@@ -239,7 +240,8 @@ def test_every_listed_site_is_crossed() -> None:
 @pytest.mark.parametrize("name", list(spec_tables.RECIPES))
 def test_every_rule_of_a_recipe_decides_some_site(name: str) -> None:
     rules = spec_tables.RECIPES[name].rules
-    first = {next(rule.site for rule in rules if fnmatchcase(site, rule.site)) for site in crossed()}
+    sites = crossed() | set(every())
+    first = {next(rule.site for rule in rules if fnmatchcase(site, rule.site)) for site in sites}
     assert first == {rule.site for rule in rules}
 
 

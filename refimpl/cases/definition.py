@@ -28,13 +28,15 @@ STEPS: Final = ("bias_update", "adamw", "step", "chain")  # components of traini
 
 @dataclass(frozen=True)
 class Draw:
-    """Values from the generator: offset + scale * fields."""
+    """Values from the generator: offset + scale * fields.  With `blocks`, each block of 128x128 is times 2^-k
+    with its own k below that, so that tiles and blocks have different scales."""
 
     shape: tuple[int, ...]
     scale: float = 2.0**-7  # standard deviation 0.82
     fields: int = 1
     offset: float = 0.0
     dtype: str = "BF16"
+    blocks: int = 0
 
     def made(self, stream: str) -> tuple[Array, dict[str, Any]]:
         """(values, `generator` of case.json)."""
@@ -42,6 +44,7 @@ class Draw:
         how |= {"fields": self.fields} if self.fields != 1 else {}
         how |= {"offset": self.offset} if self.offset else {}
         how |= {"round": "F32"} if self.dtype == "F32" else {}
+        how |= {"blocks": self.blocks} if self.blocks else {}
         return generated(self.shape, how), how
 
 

@@ -158,7 +158,18 @@ def generated(shape: tuple[int, ...], how: Mapping[str, Any]) -> Array:
         drawn = generator.integers(seed, stream, shape, how["low"], how["high"])
         return drawn * float(how["scale"]) if "scale" in how else drawn
     values = generator.tensor(seed, stream, shape, how["scale"], how.get("fields", 1), how.get("offset", 0.0))
+    if "blocks" in how:
+        values = values * _of_blocks(seed, stream, shape, how["blocks"])
     return values.astype(np.float32).astype(np.float64) if how.get("round") == "F32" else values
+
+
+def _of_blocks(seed: int, stream: str, shape: tuple[int, ...], count: int) -> Array:
+    """2^-k of each element (..., C): one k for each block of 128x128 of the matrix (rows, C)."""
+    rows, columns = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
+    grid = (-(-rows // 128), -(-columns // 128))
+    k = generator.integers(seed, f"{stream} blocks", grid, 0, count)
+    spread = np.repeat(np.repeat(k, 128, axis=0)[:rows], 128, axis=1)[:, :columns]
+    return np.ldexp(1.0, -spread).reshape(shape)
 
 
 def codes_in(file: Mapping[str, Array], name: str) -> Array:

@@ -1,12 +1,13 @@
 """Cases of a recipe: a component computed GEMM by GEMM, with everything that its GEMMs read and make.
 
-SPEC CASE-14.  Codes, scales and products are bits; what is between them are numbers, which hold within eight
+SPEC CASE-17.  Codes, scales and products are bits; what is between them are numbers, which hold within eight
 times the largest error of the recipe's zoo, relative to |y| + rms(y) for an element, to rms(y) for all
 together, and as a common factor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
@@ -22,6 +23,7 @@ from refimpl.cases.format import PROBE, REQUIRED, Case, Tensor
 from refimpl.cases.judge import Distance, Tolerance, measure
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Array
+from refimpl.numerics.contraction import sum_
 from refimpl.numerics.float32 import to_bf16
 from refimpl.numerics.formats import decode
 from refimpl.numerics.precision import recipe as ready
@@ -31,7 +33,7 @@ from refimpl.setting import Setting
 from refimpl.variants.zoo.recipes import RECIPE_ZOO
 
 TIMES: Final = 8.0
-ONCE: Final = (2.0**-8, 2.0**-8 / 3**0.5, 2.0**-12)  # of results that are stored once in BF16
+ONCE: Final = (2.0**-8, 2.0**-8 / math.sqrt(3.0), 2.0**-12)  # of results that are stored once in BF16
 SAMPLES: Final = 16  # of a large tensor; whoever judges computes all of it again
 _OMITTED: Final = (".slots", ".scores", ".probs", ".q_pe", ".k_pe")
 _TEXT: Final = (
@@ -136,6 +138,14 @@ def coded(m: Met) -> tuple[Array, str]:
     return as_codes(single), "F32"
 
 
+def stored_as(y: Array, dtype: str) -> Array:
+    """Numbers as the codes of a type, rounded to nearest."""
+    if dtype == "I64":
+        return np.asarray(y, np.int64)
+    single = np.ascontiguousarray(y, np.float32)
+    return to_bf16(single) if dtype == "BF16" else as_codes(single)
+
+
 def value_of(codes: Array, dtype: str) -> Array:
     """Codes of a value's type as numbers."""
     return codes.astype(np.int64) if dtype == "I64" else decode(codes, FORMAT_OF[dtype])
@@ -156,7 +166,8 @@ def _measured(ours: Array, theirs: Array, three: tuple[float, float, float]) -> 
 
 def _rms(x: Array) -> float:
     largest = float(np.abs(x).max(initial=0.0)) or 1.0
-    return float(np.sqrt(np.mean((x / largest) ** 2))) * largest
+    y = x / largest
+    return math.sqrt(float(sum_(y * y)) / y.size) * largest
 
 
 def _tensor(name: str, role: str, codes: Array, dtype: str) -> Tensor:

@@ -51,6 +51,8 @@ def fma(a: Single, b: Single, c: Single) -> Single:
 def sum_to_odd(x: NDArray[np.float64], y: Single) -> NDArray[np.float64]:
     """x + y (n,); of the two float64 around a sum that is none itself, the one whose last bit is 1."""
     s, error = two_sum(x, y.astype(np.float64))
+    if not error.any():
+        return s
     bits = s.view(np.int64)
     step = np.where((error > 0) == (s > 0), 1, -1)
     bits += np.where((error != 0) & ~np.isnan(error) & (bits & 1 == 0), step, 0)

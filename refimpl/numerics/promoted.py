@@ -29,8 +29,10 @@ from refimpl.numerics.tensorcore import values
 Array = NDArray[np.float64]
 
 BLOCK: Final = 128  # codes that share a scale
-HEIGHT: Final = 64  # rows and columns of a tile: what is made of one stays in the second cache
-WIDTH: Final = 512
+# Rows and columns of a tile: alone, what is made of one stays in the second cache; beside other threads, that
+# wait for Python's lock between operations, they are longer.
+ALONE: Final = (64, 256)
+BESIDE: Final = (128, 512)
 SPLIT: Final = 1 << 26  # multiplications from which threads over rows pay off
 SMALLEST: Final = 2.0**-33  # of scales that are not zero
 
@@ -61,16 +63,17 @@ def product(a: Codes, sa: Single, b: Codes, sb: Single, fa: Format, fb: Format) 
 
 def _rows(a: Codes, sa: Single, b: Codes, sb: Single, fa: Format, fb: Format, acc: Single) -> None:
     m, n = acc.shape
-    room = _Room(min(m, HEIGHT) * min(n, WIDTH))
+    height, width = ALONE if threads.width() == 1 else BESIDE
+    room = _Room(min(m, height) * min(n, width))
     for block, at in enumerate(range(0, a.shape[1], BLOCK)):
         part = slice(at, at + _used(a[:, at : at + BLOCK], b[:, at : at + BLOCK]))
         if part.start == part.stop:
             continue
         pa, pb = _Panel(a[:, part], fa, fb), _Panel(b[:, part], fb, fa)
-        for i in range(0, m, HEIGHT):
-            for j in range(0, n, WIDTH):
-                rows, columns = slice(i, i + HEIGHT), slice(j, j + WIDTH)
-                p = room.tile(min(HEIGHT, m - i), min(WIDTH, n - j))
+        for i in range(0, m, height):
+            for j in range(0, n, width):
+                rows, columns = slice(i, i + height), slice(j, j + width)
+                p = room.tile(min(height, m - i), min(width, n - j))
                 p.sums(pa, pb, rows, columns)
                 p.promote(sa[rows, block], sb[columns, block], acc[rows, columns])
 

@@ -1,4 +1,4 @@
-"""Recipes as tables: their rows, and what they come to for every linear.  SPEC RECIPE-3, RECIPE-8.
+"""Recipes as tables: their rows, and what they come to for every linear.  SPEC RECIPE-3, RECIPE-9.
 
 SPEC and `refimpl recipe` print the same tables, both from here.
 """

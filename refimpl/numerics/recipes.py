@@ -1,4 +1,4 @@
-"""The ready recipes, row by row.  SPEC RECIPE-3, RECIPE-8 to RECIPE-12.
+"""The ready recipes, row by row.  SPEC RECIPE-3, RECIPE-9 to RECIPE-14.
 
 A row says what happens at its sites; the first row that fits a site counts.  `recorded`: seen in code, on
 hardware or stated by the report.  `modelled`: an assumption of ours, with what it rests on.

@@ -1,4 +1,4 @@
-"""The arithmetic of a recipe.  SPEC RECIPE-1 and RECIPE-5 to RECIPE-7.
+"""The arithmetic of a recipe.  SPEC RECIPE-1 and RECIPE-5 to RECIPE-8.
 
 `Rounded` is the exact arithmetic, and `RoundedFast` the one on float32 and BLAS, with the recipe's roundings:
 a value is rounded where it crosses a site, GEMMs whose operands are codes run as `gemm_fp8` says, and what is

@@ -63,8 +63,12 @@ def as_rows(x: Array, rule: Rule, transposed: bool = False) -> Rows:
 
 def quantised(x: Array, rule: Rule) -> Quantised:
     """x (R, C)  ->  codes and scales as a rule says, of the float32 nearest to x."""
-    tile = _TILES.get(rule.tile, (max(1, x.shape[0]), max(1, x.shape[1])))
-    return quantise(np.asarray(x, np.float32), rule.scale, tile, FORMATS[rule.format])
+    return quantise(np.asarray(x, np.float32), rule.scale, tile_of(rule, x.shape), FORMATS[rule.format])
+
+
+def tile_of(rule: Rule, shape: tuple[int, ...]) -> Tile:
+    """Rows and columns of a tile of a matrix: "tensor" is one tile."""
+    return _TILES.get(rule.tile, (max(1, shape[0]), max(1, shape[1])))
 
 
 def rows(q: Quantised) -> Rows:
@@ -191,10 +195,12 @@ class Scaled(Operand):
         x = _read(self.plan.along, self.stored, self.source)[:, : self.width]
         return self._quantise(x, self.plan.along, True)
 
-    @cached_property
+    @property
     def kept(self) -> Operand | Dropped:
-        if self._keep_all:
-            return self
+        return self if self._keep_all else self._kept  # an object that holds itself is freed late
+
+    @cached_property
+    def _kept(self) -> Operand | Dropped:
         if self.plan.own.keep == "recomputed":
             return Dropped()
         own = (self.source, self.width, self._dtype)

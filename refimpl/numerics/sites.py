@@ -156,8 +156,16 @@ def tiles(site: str) -> tuple[str, ...]:
     return ("128x128", "tensor") if part == "weight" and not site.startswith("optim.") else ()
 
 
+GRADIENTS: Final = (  # sites of the forward pass that have one for their gradient: `d.NAME`
+    *("logits", "hidden", "residual", "norm.in", "norm.normed", "self_attn.in", "mlp.in", "moe.in"),
+    *("attention.query", "attention.key", "attention.value", "attention.scores", "attention.softmax"),
+    *("attention.probs", "rope.in", "rope.out", "gate.in", "gate.logits"),
+    *("experts.in", "experts.slots", "experts.sum"),
+)
+
+
 def every() -> tuple[str, ...]:
-    """The sites of a network and of its training, without patterns, but for gradients between modules."""
+    """The sites of a network and of its training, without patterns."""
     names = [
         name
         for pattern in SITES
@@ -173,4 +181,4 @@ def every() -> tuple[str, ...]:
     for owner in ("", *(f"{owner}." for owner in OWNERS)):
         names += [f"{owner}swiglu.{part}" for part in ("gate", "up", "act")]
         names += [f"fused.{owner}swiglu.silu", f"fused.d.{owner}swiglu.silu"]
-    return tuple(names)
+    return (*names, *(f"d.{name}" for name in GRADIENTS))

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from refimpl import programs
-from refimpl.cases import exact, format, instruments
+from refimpl.cases import exact, format, instruments, staged
 from refimpl.cases.claims import BITS, CLAIMS, PARTS, Claim
 from refimpl.cases.folder import Folder
 from refimpl.cases.format import INPUT, REQUIRED, Case, Tensor
@@ -30,6 +30,8 @@ from refimpl.errors import Error, Invalid
 from refimpl.layers.context import Op, Ops
 from refimpl.numerics.arithmetic import Array
 from refimpl.programs import Outputs, Setting
+from refimpl.recipe_programs import Noting
+from refimpl.validate import stagewise
 from refimpl.validate.output import Output
 from refimpl.validate.recomputed import FLOAT64, Remembered
 from refimpl.validate.tensor import OFF, TensorVerdict
@@ -268,8 +270,30 @@ class _Given:
         return self.arrays[name].shape
 
 
+def _of_recipe(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
+    """Of a case of a recipe: the required outputs of the recipe with the mistake, and nothing between."""
+    case, setting = folder.case, setting_of(folder, FLOAT64)
+    recipe = staged.recipe_of(case.arguments)
+    found: Exceeded = {}
+    required = {t.name: t for t in case.outputs if t.role == REQUIRED}
+    right = programs.run(case.component, replace(setting, ar=Noting(recipe)))
+    for id in ids:
+        mutant = BITS_MUTANTS.get(id)
+        if mutant is None or mutant.recipe is None:
+            continue
+        wrong = programs.run(case.component, replace(setting, ar=mutant.recipe(recipe)))
+        if all(np.array_equal(wrong[name], right[name]) for name in required):
+            continue
+        usable = {name: (t, staged.stored_as(wrong[name], t.dtype)) for name, t in required.items()}
+        off = any(v.verdict == OFF for v in stagewise.judge(folder, usable).values())
+        found[id] = {BITS: math.inf if off else 0.0}
+    return found
+
+
 def _of_bits(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
     case = folder.case
+    if staged.is_staged(case):
+        return _of_recipe(folder, ids)
     mutants = [BITS_MUTANTS[id] for id in ids if id in BITS_MUTANTS]
     mutants = [mutant for mutant in mutants if case.component in mutant.runs]
     if not mutants:

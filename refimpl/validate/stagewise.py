@@ -1,4 +1,4 @@
-"""An output of a port against a case of a recipe, stage by stage.  SPEC VERDICT-13.
+"""An output of a port against a case of a recipe, stage by stage.  SPEC VERDICT-22.
 
 The case is computed again, going on with the port's tensors wherever it gave them.  So codes are judged as
 made from the port's own values, products from the port's own codes, and what is wrong is found where it is.

@@ -133,6 +133,15 @@ def test_the_smallest_scales_that_suit_agree() -> None:
         assert agree(a, sa, b, sb, *formats)
 
 
+def test_tiles_of_both_sizes_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    a, b = finite(rng, (150, 256), "e4m3"), finite(rng, (530, 256), "e4m3")
+    given = (a, scales(rng, (150, 2)), b, scales(rng, (530, 2)), "e4m3", "e4m3")
+    for width in (1, 2):
+        monkeypatch.setattr(promoted.threads, "width", lambda width=width: width)
+        assert agree(*given)
+
+
 def test_large_products_run_in_parts_with_the_same_bits() -> None:
     rng = np.random.default_rng(8)
     a, b = finite(rng, (700, 256), "e4m3"), finite(rng, (520, 256), "e4m3")

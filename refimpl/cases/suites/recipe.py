@@ -1,13 +1,15 @@
-"""Suite recipe: components in the arithmetic of V3's training, GEMM by GEMM.  SPEC RECIPE-1 to RECIPE-13."""
+"""Suite recipe: components in the arithmetic of V3's training, GEMM by GEMM.  SPEC RECIPE-5 to -7, CASE-17."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
-from refimpl.cases.definition import Definition, Draw, Source, shaped
+from refimpl.cases.definition import Definition, Draw, Source, shaped, usual
 from refimpl.cases.staged import Staged
 from refimpl.cases.suites.common import LAYER, V3
 from refimpl.cases.suites.warm import gains, learned, moments, tokens
+from refimpl.checkpoint import names
 from refimpl.config.model import ModelConfig
 
 RECIPES: Final = ("v3-fp8", "v3.1-ue8m0")
@@ -29,6 +31,7 @@ _SMALL: Final = shaped(
     topk_group=1,
     num_experts_per_tok=2,
 )
+_BLOCKS: Final = 4  # magnitudes of tiles and blocks, so that no scale is as good as another
 _TOKENS: Final = 136  # two tiles of tokens, the second of them short
 
 
@@ -40,6 +43,7 @@ def _cases(
     inputs: dict[str, Source],
     dy: tuple[int, ...],
     config: ModelConfig = _SMALL,
+    recipes: tuple[str, ...] = RECIPES,
     **more: Any,
 ) -> tuple[Staged, ...]:
     return tuple(
@@ -50,15 +54,27 @@ def _cases(
                 ("RECIPE-5", "RECIPE-6", "RECIPE-7"),
                 component,
                 config,
-                {**inputs, "dy": Draw(dy)},
+                {**inputs, "dy": Draw(dy, blocks=_BLOCKS)},
                 path=path,
+                weights=_weights(config, path),
                 backward=True,
                 **more,
             ),
             recipe,
         )
-        for recipe in RECIPES
+        for recipe in recipes
     )
+
+
+def _weights(config: ModelConfig, path: str) -> dict[str, Source]:
+    """The linears below a path, by name below it, with blocks of different magnitudes."""
+    prefix = f"{path}." if path else ""
+    found: dict[str, Source] = {}
+    for name, spec in names.parameters(config).items():
+        source = usual(spec)
+        if name.startswith(prefix) and spec.role == "linear" and isinstance(source, Draw):
+            found[name.removeprefix(prefix)] = replace(source, blocks=_BLOCKS)
+    return found
 
 
 def _step() -> Staged:
@@ -83,7 +99,7 @@ def _step() -> Staged:
         "step",
         config,
         {**tokens("recipe/step-v3-fp8", (1, 2, 12), config), **moments(learned(config))},
-        weights=gains(config),
+        weights={**_weights(config, ""), **gains(config)},
         arguments={"training": {"learning_rate": 0.01, "warmup_steps": 20}, "steps": 12},
         required=("gradient_norm", "loss.*", "after.*"),
         forced=True,
@@ -97,7 +113,7 @@ CASES: Final = (
         "One linear, three GEMMs",
         "linear",
         f"{LAYER}.self_attn.kv_a_proj_with_mqa",
-        {"x": Draw((_TOKENS, 384))},
+        {"x": Draw((_TOKENS, 384), blocks=_BLOCKS)},
         (_TOKENS, 192),
     ),
     *_cases(
@@ -105,7 +121,7 @@ CASES: Final = (
         "One routed expert, its SwiGLU computed again from FP8",
         "mlp",
         f"{LAYER}.mlp.experts.3",
-        {"x": Draw((_TOKENS, 384))},
+        {"x": Draw((_TOKENS, 384), blocks=_BLOCKS)},
         (_TOKENS, 384),
     ),
     *_cases(
@@ -113,7 +129,7 @@ CASES: Final = (
         "Latent attention, its up-projections computed again, E5M6 before o_proj",
         "mla",
         f"{LAYER}.self_attn",
-        {"x": Draw((2, 20, 384))},
+        {"x": Draw((2, 20, 384), blocks=_BLOCKS)},
         (2, 20, 384),
     ),
     *_cases(
@@ -121,8 +137,9 @@ CASES: Final = (
         "Gate, routed and shared experts, with the routing given",
         "moe",
         f"{LAYER}.mlp",
-        {"x": Draw((40, 384))},
+        {"x": Draw((40, 384), blocks=_BLOCKS)},
         (40, 384),
+        recipes=RECIPES[:1],
         forced=True,
     ),
     _step(),

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from refimpl.numerics.arithmetic import Array
 from refimpl.numerics.blockscale import Single, Tile
+from refimpl.numerics.recipe import Recipe
+from refimpl.recipe_programs import Noting
 
 
 class Data(Protocol):
@@ -31,11 +33,13 @@ class BitsMutant:
     id: as of `Mutant`.
     runs: component -> the wrong outputs by name, codes or values of the output's type; what is left out is
     right.  A component that is not named is not touched.
+    recipe: the arithmetic of a recipe with the mistake, for cases of a recipe.
     benign, small: as of `Mutant`.
     """
 
     id: str
     runs: Mapping[str, Run]
+    recipe: Callable[[Recipe], Noting] | None = None
     benign: bool = False
     small: str = ""
 

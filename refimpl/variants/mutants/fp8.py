@@ -22,6 +22,9 @@ from refimpl.numerics.blockscale import (
 from refimpl.numerics.float32 import to_bf16
 from refimpl.numerics.formats import BF16, E4M3, E4M3FNUZ, FORMATS, round_to
 from refimpl.numerics.gemm import gemm_fp8
+from refimpl.numerics.recipe import Rule
+from refimpl.numerics.scaled import Rows, quantised, rows
+from refimpl.recipe_programs import Noting
 from refimpl.variants.mutants.bits import BitsMutant, Data, Run
 
 TWINS: Final = {"e4m3": "e4m3fnuz", "e4m3fnuz": "e4m3", "e5m2": "e5m2fnuz", "e5m2fnuz": "e5m2"}
@@ -192,6 +195,39 @@ def _grids(name: str, change: Callable[[Single, Data], Single]) -> Callable[[Dat
     return lambda d: {name: change(d.single(name), d)} if d.single(name).ndim == 2 else {}
 
 
+# The same mistakes inside of a recipe.
+
+
+def _quantising(change: Callable[[Single, Quantiser, tuple[int, int]], tuple[Array, Single] | None]) -> Any:
+    """The recipe with another way to codes and scales, where the mistake can be made."""
+
+    class Wrong(Noting):
+        def made(self, x: Array, rule: Rule, transposed: bool) -> Rows:
+            right = quantised(x, rule)
+            single = np.asarray(x, np.float32)
+            found = None
+            if right.format is E4M3:
+                with np.errstate(all="ignore"):
+                    found = change(single, QUANTISERS[rule.scale], right.tile)
+            wrong = right if found is None else Quantised(found[0], found[1], right.tile)
+            return rows(wrong.transposed if transposed else wrong)
+
+    return Wrong
+
+
+def _in_dgrad(change: Callable[[Single], Single]) -> Any:
+    """The recipe with other scales of the weight in Dgrad; change: of the grid of its blocks."""
+
+    class Wrong(Noting):
+        def gemm(self, site: str, a: Rows, b: Rows) -> Array:
+            if site.endswith(".dgrad"):
+                scales = np.repeat(change(b.scales[::128]), 128, axis=0)[: len(b.scales)]
+                b = Rows(b.codes, np.ascontiguousarray(scales), b.format)
+            return super().gemm(site, a, b)
+
+    return Wrong
+
+
 MUTANTS: Final = (
     BitsMutant("F01a", {"dequantise": _dequantised(lambda v, s: v, _right_grid)}),
     BitsMutant("F01b", {"dequantise": _byte}),
@@ -210,16 +246,18 @@ MUTANTS: Final = (
             "gemm_fp8": _product(_grids("a_scale", lambda s, d: _transposed(s))),
         },
     ),
-    BitsMutant("F05", {"quantise": _quantised(_power_after)}),
-    BitsMutant("F06", {"quantise": _quantised(_truncated)}),
+    BitsMutant("F05", {"quantise": _quantised(_power_after)}, _quantising(_power_after)),
+    BitsMutant("F06", {"quantise": _quantised(_truncated)}, _quantising(_truncated)),
     BitsMutant("F07", {"quantise": _quantised(_logarithm)}),
     BitsMutant("F08", {"dequantise": _requantised}),
     BitsMutant("F09a", {"quantise": _quantised(_by(floor=None))}),
     BitsMutant("F09b", {"quantise": _quantised(_by(floor=1e-10))}),
     BitsMutant("F10", {"decode": _other_form, "dequantise": _as_fnuz}),
-    BitsMutant("F11", {"quantise": _quantised(_one_a_row)}),
+    BitsMutant("F11", {"quantise": _quantised(_one_a_row)}, _quantising(_one_a_row)),
     BitsMutant("F12", {"gemm_fp8": _product(lambda d: {}, accumulation="fast")}),
     BitsMutant("F14", {"quantise": _quantised(_scale_in_bf16)}),
     BitsMutant("F15", {"dequantise": _dequantised(lambda v, s: v * s, _sharded_grid)}),
+    BitsMutant("L17a", {}, _in_dgrad(np.ones_like)),
+    BitsMutant("L17b", {}, _in_dgrad(_transposed)),
     BitsMutant("X04", {"dequantise": _dequantised(lambda v, s: _bf16(v * _bf16(s)), _right_grid)}),
 )

@@ -1,4 +1,4 @@
-"""Correct ways to compute a recipe: what an implementation may do otherwise without being wrong.  SPEC ZOO-5.
+"""Correct ways to compute a recipe: what an implementation may do otherwise without being wrong.  SPEC ZOO-4.
 
 A recipe says where values become codes and which products are taken.  It leaves open how the last bit of a
 scale is rounded, in which unit a product is accumulated, and what happens below float32 between two sites.

@@ -97,7 +97,7 @@ def _point(
 ) -> tuple[Point, list[Requirement]]:
     """The point with its scale taken into the durations, and the demand that all stages have the same."""
     if name not in PUBLISHED:
-        raise Invalid(f"there is no formula for the schedule {name!r}, but for {', '.join(PUBLISHED)}")
+        raise Invalid(f"there is no formula for the schedule {name!r}, but for {', '.join(PUBLISHED)}.")
     scales = set(durations.scale)
     scale = scales.pop() if len(scales) == 1 else 1
     times = {kind: scale * getattr(durations, kind) for kind in ("F", "I", "W", "B", "FB")}

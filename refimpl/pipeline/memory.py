@@ -18,7 +18,7 @@ RELEASING = {"W": frozenset("BW"), "I": frozenset("BI")}
 def held(entries: Sequence[Entry], release: str = "W", backward_first: bool = False) -> tuple[int, ...]:
     """The most activations alive during each entry of a rank; the arguments are those of `peak`."""
     if release not in RELEASING:
-        raise Invalid(f"activations are released at {release!r}, but that has to be at 'W' or at 'I'")
+        raise Invalid(f"activations are released at {release!r}, but that has to be at 'W' or at 'I'.")
     counts, live = [], 0
     for entry in entries:
         kinds = [action.kind for action in entry.parts]
@@ -78,7 +78,7 @@ def expected(
     """What `peak` gives for a schedule of `rules`, in words and by rank; group is what it was made with."""
     P, M = schedule.size, schedule.microbatches  # noqa: N806  # the published names
     if schedule.name not in PEAKS:
-        raise Invalid(f"there is no peak by formula for {schedule.name!r}, but for {', '.join(PEAKS)}")
+        raise Invalid(f"there is no peak by formula for {schedule.name!r}, but for {', '.join(PEAKS)}.")
     load = Load(P, M, schedule.stages // P, group or M // max(1, M // P), release, backward_first)
     text, on = PEAKS[schedule.name]
     return text, tuple(on(load, rank) for rank in range(P))

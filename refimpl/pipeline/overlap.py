@@ -76,7 +76,7 @@ class SMs:
         if not min(1, self.saturating) <= self.communication < self.total:
             raise Invalid(
                 f"communication has {self.communication} of {self.total} SMs, but needs one at least (unless "
-                f"none saturate it), and has to leave one to compute"
+                f"none saturate it), and has to leave one to compute."
             )
 
     @property
@@ -196,7 +196,7 @@ def durations(
 
 def _number(blocks: int) -> int:
     if whole("the number of blocks", blocks) == 0:
-        raise Invalid("a chunk has 0 blocks, but at least one is required")
+        raise Invalid("a chunk has 0 blocks, but at least one is required.")
     return blocks
 
 

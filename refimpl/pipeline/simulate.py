@@ -31,7 +31,7 @@ def whole(what: str, value: object) -> int:
     except TypeError:
         number = -1
     if number < 0 or isinstance(value, bool):
-        raise Invalid(f"{what} is {value!r}, but has to be a whole number that is not negative")
+        raise Invalid(f"{what} is {value!r}, but has to be a whole number that is not negative.")
     return number
 
 
@@ -163,7 +163,7 @@ def timed(schedule: Schedule, steps: Sequence[Step], durations: Durations) -> Ti
     scales, stages = len(durations.scale), schedule.stages
     if scales not in (0, stages):
         raise Invalid(
-            f"there are {scales} scales, but {schedule.name} has {stages} stages and needs one for each"
+            f"there are {scales} scales, but {schedule.name} has {stages} stages and needs one for each."
         )
     start: list[list[int]] = [[] for _ in range(schedule.size)]
     end: list[list[int]] = [[] for _ in range(schedule.size)]
@@ -247,13 +247,13 @@ def _well_formed(schedule: Schedule) -> None:
         ):
             raise Invalid(
                 f"rank {rank} has at position {position} the {said(action)}, but there are the kinds F, B, I "
-                f"and W, {stages} stages and {microbatches} microbatches, counted from 0"
+                f"and W, {stages} stages and {microbatches} microbatches, counted from 0."
             )
         for result in results.made(action):
             if result in seen:
                 raise Invalid(
                     f"rank {rank} makes at position {position} the {results.said(result)} again, "
-                    f"but each is made once"
+                    f"but each is made once."
                 )
             seen.add(result)
 
@@ -273,6 +273,6 @@ def _deadlock(schedule: Schedule, position: Sequence[int], missing: dict[int, in
         result = missing[rank]
         links.append(f"rank {rank} waits at position {position[rank]} for the {results.said(result)}")
         if result not in makers:
-            return f"the schedule cannot go on: {', '.join(links)}, which no rank makes"
+            return f"the schedule cannot go on: {', '.join(links)}, which no rank makes."
         rank = makers[result]
-    return f"the schedule cannot go on: {', '.join(links)}, which rank {rank} would make later"
+    return f"the schedule cannot go on: {', '.join(links)}, which rank {rank} would make later."

@@ -170,7 +170,7 @@ def table(found: Found, measures: Sequence[str]) -> list[str]:
         return f"{mean:.4g} ± {half:.2g}"
 
     rows = [[name, *(cell(results, m) for m in measures)] for name, results in found.items()]
-    return _markdown(["mean ± 95% interval", *measures], rows)
+    return markdown(["mean ± 95% interval", *measures], rows)
 
 
 def differences(found: Found, measures: Sequence[str]) -> list[str]:
@@ -185,10 +185,10 @@ def differences(found: Found, measures: Sequence[str]) -> list[str]:
         return f"{mean:+.3g} ± {half:.2g}{verdict}"
 
     rows = [[f"{name} - {first}", *(cell(results, m) for m in measures)] for name, results in others]
-    return _markdown(["paired difference", *measures], rows)
+    return markdown(["paired difference", *measures], rows)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     line: Callable[[Sequence[str]], str] = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
     return [line(head), line(["---"] * len(head)), *(line(row) for row in rows)]
 

@@ -152,6 +152,8 @@ def outcome(mutant: Mutant | BitsMutant, cases: Mapping[str, Mapping[str, float]
 
 def _of_numbers(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
     case, reference = folder.case, Remembered(folder)
+    if not any(id in MUTANTS for id in ids):
+        return {}
     setting = setting_of(folder, FLOAT64)
     required = [t for t in case.outputs if t.role == REQUIRED]
     right, called = recorded(case.component, setting)

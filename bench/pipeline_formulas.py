@@ -120,11 +120,11 @@ def section() -> tuple[str, bool]:
     text = f"""## Where the formulas hold
 
 `refimpl.pipeline.formulas` beside the simulation, as integers, at P = {", ".join(map(str, RANKS))}, P M
-up to {LARGEST}, M from 1 to 5 P where legal, {DRAWS} durations each, half of them on borders of the regions, a
-quarter with a latency. F, I, W, B, F&B are durations, B = I + W, L the latency; interleaved with V = 2, 3,
-4, its durations are those of a chunk. *Inside*: equal of all where the formula is said to apply (on every rank,
-for DualPipe and DualPipeV on the rank that idles the most). *Outside*: equal of all others; for the published
-ones without those with a latency, to which none of them applies.
+up to {LARGEST}, M from 1 to 5 P where legal, {DRAWS} durations each, half of them on borders of the regions,
+a quarter with a latency. F, I, W, B, F&B are durations, B = I + W, L the latency; interleaved with V = 2, 3,
+4, its durations are those of a chunk. *Inside*: equal of all where the formula is said to apply (on every
+rank, for DualPipe and DualPipeV on the rank that idles the most). *Outside*: equal of all others; for the
+published ones without those with a latency, to which none of them applies.
 
 The regions are sufficient; outside of them a formula is true by coincidence (among others where P is 1 or a
 duration 0). They were found by simulation and are no proof.

@@ -25,17 +25,18 @@ from refimpl.config.presets import PRESETS, preset
 from refimpl.config.training import TrainingConfig
 from refimpl.errors import Invalid, Missing, Unreadable, Unsupported
 from refimpl.inputs import read_inputs, read_numbers, read_routing
-from refimpl.layers import balance, gate, loss
-from refimpl.layers.batch import Batch, Inputs, Tokens, allowed, positions
+from refimpl.layers import balance, gate
 from refimpl.layers.context import Context, Cotangents, Ops, tensors
 from refimpl.layers.ops import DEEPSEEK_V3
-from refimpl.losses import Divisors, Terms, balancing, counted, parts, total
+from refimpl.losses import Divisors, Terms, counted, parts, total
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
 from refimpl.numerics.precision import arithmetic
 from refimpl.numerics.recipe import Recipe
 from refimpl.parameters import CachedParameters
-from refimpl.units import Unit, unit_backward, unit_forward, units
+from refimpl.prepared import Passed, Prepared, backward, depths, forward, prepare
+from refimpl.prepared import terms as terms_of
+from refimpl.units import Unit, units
 
 Source = str | PathLike[str] | tuple[ModelConfig | Mapping[str, Any], Mapping[str, Any]]
 Sink = Callable[[str, Array], None]
@@ -103,7 +104,7 @@ class Result:
     @property
     def tokens(self) -> int:
         """How many positions exist."""
-        return int(np.count_nonzero(self._run.tokens[0].exists))
+        return int(np.count_nonzero(self._run.given.tokens[0].exists))
 
     @property
     def counts(self) -> Mapping[int, Array]:
@@ -119,35 +120,24 @@ class Result:
     def gates(self) -> Mapping[int, tuple[Array, Array, Array]]:
         """Layer -> which positions exist (T,), and of these n the scores (n, N) and chosen experts (n, K)."""
         found = {}
-        for unit, block in self._run.blocks():
-            gating = getattr(block.mlp, "gating", None)
+        for unit, passed in zip(self._run.units, self._run.passed, strict=True):
+            gating = getattr(passed.block.mlp, "gating", None) if unit.layer >= 0 else None
             if gating is not None:
-                exists = self._run.tokens[unit.depth].exists
+                exists = self._run.given.tokens[unit.depth].exists
                 found[unit.layer] = (exists, gating.scores[exists], gating.topk_idx[exists])
         return found
 
 
 @dataclass(frozen=True)
 class _Run:
-    context: Context
+    given: Prepared
     units: list[Unit]
-    tokens: list[Tokens]  # one for each depth
-    saved: list[Any]  # one for each unit
-    losses: list[loss.Saved]  # one for each depth, or none
+    passed: list[Passed]  # one for each unit
 
-    def blocks(self) -> Iterator[tuple[Unit, Any]]:
-        """Every unit with a decoder layer, and what that saved."""
-        for unit, saved in zip(self.units, self.saved, strict=True):
-            if unit.layer >= 0:
-                yield unit, getattr(saved, "layer", saved)
-
-    def terms(self) -> Terms:
-        balanced = {
-            (kind, unit.layer, unit.depth): losses
-            for unit, block in self.blocks()
-            for kind, losses in getattr(getattr(block.mlp, "balanced", None), "losses", {}).items()
-        }
-        return Terms(tuple(saved.nll for saved in self.losses), balanced if self.losses else {})
+    @property
+    def losses(self) -> list[Any]:
+        """What the losses saved, one for each depth, or none."""
+        return [one.loss for one in self.passed if one.loss is not None]
 
 
 class Model:
@@ -171,6 +161,7 @@ class Model:
                 f"the configuration has {self.modules} MTP modules and training needs them, but the weights "
                 "have none of their tensors."
             )
+        self.units = units(config, self.modules)
         self._parameters = CachedParameters(weights, ar)
         self._values_checked = False
 
@@ -199,38 +190,59 @@ class Model:
         divisors: of the losses, when the batch is one microbatch of several; see `Model.divisors`.
         Raises: Invalid, naming the argument.  SPEC MODEL-2.
         """
+        patterns = (trace,) if isinstance(trace, str) else tuple(trace)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise Invalid(f"trace is {trace!r}, but it has to be patterns of tensors' names.")
+        given = self.prepare(
+            input_ids,
+            labels,
+            targets,
+            mask,
+            segment_ids,
+            position_ids,
+            routing,
+            divisors=divisors,
+            microbatch=microbatch,
+            probing=bool(patterns),
+        )
+        x, logits, passed = None, None, []
+        for unit in self.units:
+            x, own, one = forward(given, unit, x)
+            passed.append(one)
+            logits = own if logits is None else logits
+        assert logits is not None  # the head is a unit
+        run = _Run(given, self.units, passed)
+        terms = terms_of(self.units, passed, given.has_loss)
+        shares = parts(self.ar, terms, given.divided)
+        named = dict(_named(run, patterns, given.shape))
+        value = total(shares, self.training) if shares else None
+        return Result(logits.reshape(*given.shape, -1), value, shares, named, terms, run)
+
+    def prepare(
+        self,
+        input_ids: npt.ArrayLike,
+        labels: npt.ArrayLike | None = None,
+        targets: npt.ArrayLike | None = None,
+        mask: npt.ArrayLike | None = None,
+        segment_ids: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        routing: Mapping[int, Any] | None = None,
+        *,
+        divisors: Divisors | None = None,
+        microbatch: int = 0,
+        probing: bool = False,
+    ) -> Prepared:
+        """The inputs of `forward`, checked and ready for the units.  probing: whether tensors that only a
+        trace reads are saved.  Raises Invalid, naming the argument."""
         if not self._values_checked:  # once, and before anything is computed
             check(self.weights, values=True)
             self._values_checked = True
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, position_ids)
-        patterns = (trace,) if isinstance(trace, str) else tuple(trace)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise Invalid(f"trace is {trace!r}, but it has to be patterns of tensors' names.")
-        c = Context(
-            self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, bool(patterns)
-        )
+        c = Context(self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, probing)
         if routing:
             ready = read_routing(self.config, routing, given.ids.shape, self.modules)
             c = replace(c, ops=gate.forced(self.ops, ready))
-        depths = self._depths(given)
-        divided = self._divided(depths, divisors)
-        tokens = [self._tokens(c, x, depths[0], divided, k) for k, x in enumerate(depths)]
-        every, x, logits, saved, losses = units(self.config, self.modules), None, None, [], []
-        for unit in every:
-            x, own, kept = unit_forward(c, unit, x, tokens[unit.depth])
-            saved.append(kept)
-            if own is not None:
-                logits = own if logits is None else logits
-                if given.targets is not None:
-                    count = max(divided.targets[unit.depth], 1)
-                    losses.append(self.ops.loss.forward(c, own, tokens[unit.depth].targets, count)[1])
-        assert logits is not None  # the head is a unit
-        run = _Run(c, every, tokens, saved, losses)
-        terms = run.terms()
-        shares = parts(self.ar, terms, divided)
-        named = dict(_named(run, patterns, given.ids.shape))
-        value = total(shares, self.training) if shares else None
-        return Result(logits.reshape(*given.ids.shape, -1), value, shares, named, terms, run)
+        return prepare(c, given, self.training, self.modules, divisors)
 
     def divisors(
         self,
@@ -243,7 +255,7 @@ class Model:
         """By what the losses of these inputs alone are divided; those of microbatches add up.  Raises
         Invalid."""
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, None)
-        return counted(self._depths(given), self.choices)
+        return counted(depths(given, self.ops, self.choices, self.modules), self.choices)
 
     def backward(
         self,
@@ -260,18 +272,17 @@ class Model:
         SPEC MODEL-4.
         """
         run, given = result._run, self._cotangents(result, cotangents or {})
-        if run.context.parameters is not self._parameters:
+        if run.given.context.parameters is not self._parameters:
             raise Invalid("result is of another model, but backward needs one of this model's own forward.")
         if not run.losses and not cotangents:
             raise Invalid(
                 "backward has neither a loss nor cotangents, but it needs targets, labels or cotangents."
             )
-        c = replace(run.context, cotangents=given)
+        at = replace(run.given, context=replace(run.given.context, cotangents=given))
         grads = into if isinstance(into, Gradients) else self.gradients()
         dx: Array | None = None
-        for unit, saved in reversed(list(zip(run.units, run.saved, strict=True))):
-            dlogits = self._dlogits(c, run, unit, result.logits) if unit.has_logits else None
-            dx = unit_backward(c, unit, dx, dlogits, saved, run.tokens[unit.depth], grads)
+        for unit, passed in reversed(list(zip(run.units, run.passed, strict=True))):
+            dx = backward(at, unit, dx, passed, grads)
         given.check_taken()
         if isinstance(into, Gradients):
             return into
@@ -293,52 +304,6 @@ class Model:
         for name, gradient in GradientMap(self.weights, self.ar, {}).items():
             if name not in touched:
                 sink(name, gradient)
-
-    def _depths(self, given: Inputs) -> list[Inputs]:
-        """The inputs of the main model and of each MTP module."""
-        depths = [given]
-        for _ in range(self.modules):
-            depths.append(self.ops.shifted(depths[-1], self.choices))
-        return depths
-
-    def _tokens(self, c: Context, given: Inputs, main: Inputs, divided: Divisors, depth: int) -> Tokens:
-        size, length = given.ids.shape
-        batch = Batch(size, length, c.ops.tables(c, given.positions.reshape(-1)), allowed(given.segments))
-        balanced = None
-        if self.training is not None and self.config.n_routed_experts:
-            balanced = balancing(given, self.choices, self.training, divided.sequences[depth])
-        first = (positions(main.segments) == 0) & main.exists
-        targets = None if given.targets is None else given.targets.reshape(-1)
-        ids, exists = given.ids.reshape(-1), given.exists.reshape(-1)
-        return Tokens(ids, first.reshape(-1), exists, batch, targets, balanced)
-
-    def _divided(self, depths: list[Inputs], given: Divisors | None) -> Divisors:
-        """The divisors of the losses, checked."""
-        own = counted(depths, self.choices)
-        if given is None:
-            if depths[0].targets is not None and own.targets[0] == 0:
-                raise Invalid("the number of targets is 0, but a loss needs one that is not -100 or padding.")
-            return own
-        if not isinstance(given, Divisors):
-            raise Invalid(f"divisors are {given!r}, but they have to be Divisors.")
-        sequences = given.sequences or own.sequences
-        if len(given.targets) != len(depths) or len(sequences) != len(depths):
-            raise Invalid(
-                f"divisors are {given}, but they have to have one entry for each of {len(depths)} depths."
-            )
-        if given.targets[0] < 1:
-            raise Invalid(f"divisors.targets begins with {given.targets[0]}, but at least 1 is required.")
-        return Divisors(given.targets, sequences)
-
-    def _dlogits(self, c: Context, run: _Run, unit: Unit, logits: Array) -> Array:
-        if not run.losses:
-            return np.zeros_like(logits).reshape(-1, self.config.vocab_size)
-        weight = 1.0
-        if unit.depth:
-            assert self.training is not None  # there are modules only with it
-            weight = self.training.mtp_loss_weight / self.modules
-        dlogits: Array = self.ops.loss.backward(c, weight, run.losses[unit.depth])
-        return dlogits
 
     def _cotangents(self, result: Result, given: Mapping[str, npt.ArrayLike]) -> Cotangents:
         ready = {}
@@ -375,8 +340,8 @@ class GradientMap(Mapping[str, Array]):
 def _named(run: _Run, patterns: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
     if not patterns:
         return
-    for unit, saved in zip(run.units, run.saved, strict=True):
-        yield from _selected(tensors(saved, unit.path), patterns, shape)
+    for unit, passed in zip(run.units, run.passed, strict=True):
+        yield from _selected(tensors(passed.saved, unit.path), patterns, shape)
     ends = [unit.path for unit in run.units if unit.has_logits]
     for path, kept in zip(ends, run.losses, strict=False):
         yield from _selected(tensors(kept, path), patterns, shape)

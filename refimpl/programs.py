@@ -21,6 +21,7 @@ from refimpl.model import Model
 from refimpl.numerics import sites
 from refimpl.numerics.arithmetic import Arithmetic, Array
 from refimpl.numerics.gradients import Gradients
+from refimpl.pipeline_programs import PIPELINE_PROGRAMS
 from refimpl.setting import IDX, Outputs, Setting, finish
 from refimpl.training_programs import TRAINING_PROGRAMS, trained
 
@@ -205,4 +206,5 @@ PROGRAMS: dict[str, Callable[[Setting], Outputs]] = {
     "head_loss": _head_loss,
     "model": _model,
     **TRAINING_PROGRAMS,
+    **PIPELINE_PROGRAMS,
 }

@@ -148,12 +148,7 @@ def trained(s: Setting, given: Mapping[str, Any]) -> Outputs:
 
 def _step(s: Setting, state: State, numbers: range) -> tuple[State, Outputs]:
     """The state after a step on some of the microbatches among the inputs, and what it saw."""
-    given = [name for name in _STACKED if name in s.inputs]
-    batch = []
-    for number in numbers:
-        one = {name: s.inputs[name][number] for name in given}
-        batch.append(one | {"routing": _routing(s, number)} if s.routing else one)
-    seen = stepping.collect(state, batch)
+    seen = stepping.collect(state, microbatches(s, numbers))
     training = state.model.training
     assert training is not None  # the state gave it
     out: Outputs = {}
@@ -238,6 +233,16 @@ def _inputs(s: Setting, ids: Array) -> Inputs:
     """Ids (B, S) with the segments and positions among the inputs, or one segment, counted."""
     segments = s.inputs.get("segment_ids", np.zeros(ids.shape, np.int64))
     return Inputs(ids, segments, s.inputs.get("position_ids", positions(segments)), None)
+
+
+def microbatches(s: Setting, numbers: range) -> list[dict[str, Any]]:
+    """Some of the microbatches among the inputs, each as arguments of `Model.forward`."""
+    given = [name for name in _STACKED if name in s.inputs]
+    batch = []
+    for number in numbers:
+        one = {name: s.inputs[name][number] for name in given}
+        batch.append(one | {"routing": _routing(s, number)} if s.routing else one)
+    return batch
 
 
 def _routing(s: Setting, number: int) -> dict[int, Array]:

@@ -19,6 +19,7 @@ ORDER = (
     "cases",
     "variants",
     "programs",
+    "pipeline",
     "training",
     "model",
     "layers",
@@ -28,8 +29,14 @@ ORDER = (
     "numerics",
     "errors",
 )
-MODEL = ("model", "units", "losses", "inputs", "parameters")  # the modules of the layer `model`
-PROGRAMS = ("programs", "setting", "training_programs", "recipe_programs")  # those of the layer `programs`
+MODEL = ("model", "units", "losses", "inputs", "parameters", "prepared")  # the modules of the layer `model`
+PROGRAMS = (
+    "programs",
+    "setting",
+    "training_programs",
+    "recipe_programs",
+    "pipeline_programs",
+)  # those of the layer `programs`
 ROOTS = ("__init__", "__main__")  # the package's own face, above everything
 
 TOP = {name: i for i, name in enumerate(ORDER)}

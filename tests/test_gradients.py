@@ -99,9 +99,11 @@ class TestDeferred:
 
     def test_run_does_the_oldest_and_says_how_many(self) -> None:
         grads = self.filled()
+        last = grads.waiting[2]
         assert grads.run(2) == 2
-        assert list(grads._parts) == ["a", "b"]  # first in, first out
+        assert grads.waiting == (last,)  # first in, first out
         assert grads.run(5) == 1
+        assert grads.waiting == ()
         assert grads.run() == 0
 
     def test_run_of_nothing_does_nothing(self) -> None:
@@ -124,6 +126,14 @@ class TestDeferred:
     def test_later_gives_the_bits_of_now(self) -> None:
         for ar in (EXACT, FLOAT64):
             same_bits(self.filled(ar).reduce(), self.filled(ar, deferred=False).reduce())
+
+    def test_what_waits_keeps_its_place_among_the_contributions(self) -> None:
+        grads = Gradients(FLOAT64, deferred=True)
+        one, large = np.ones((1, 1)), np.full((1, 1), 2.0**60)
+        for waits, does_not in ((one, large), (-large, one)):
+            grads.weight("e", 0, Operand(waits), Operand(one))
+            grads.rows("e", 0, np.array([0]), does_not, 1)
+        assert grads.reduce()["e"].item() == 1.0  # ((1 + 2^60) - 2^60) + 1; put last it would give 0
 
     def test_exact_microbatches_are_contracted_once_when_read(self) -> None:
         ar = Counting()
@@ -179,10 +189,24 @@ class TestBranches:
         owner.weight("first", 0, *operands())
         branch = owner.branch()
         branch.weight("second", 0, *operands())
+        second = branch.waiting
         owner.merge(branch)
         assert owner.run(1) == 1
-        assert list(owner._parts) == ["first"]
+        assert owner.waiting == second
         assert owner.run() == 1
+
+
+class TestReduced:
+    def test_what_is_reduced_already_is_added_in_its_place(self) -> None:
+        grads = Gradients(FLOAT64, aliases={"a": "b"})
+        grads.add("b", 2, np.array([1.0]))
+        grads.add("a", 1, np.array([-(2.0**60)]))
+        grads.add("a", 0, np.array([2.0**60]))
+        assert {name: g.tolist() for name, g in grads.reduce().items()} == {"b": [1.0]}
+
+    def test_an_order_free_arithmetic_takes_none(self) -> None:
+        with pytest.raises(AssertionError):
+            Gradients(EXACT).add("w", 0, np.ones(1))
 
 
 SHARED = {"head": "embedding"}

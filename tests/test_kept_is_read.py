@@ -78,10 +78,10 @@ def test_every_kept_value_is_read(recipe: Recipe, latent: int | None) -> None:
     passed = result._run
     right = dict(model.backward(result))
     for_their_own_sake = [saved.nll for saved in passed.losses]  # losses are what the forward pass is for
-    for _, block in passed.blocks():
-        if hasattr(block.mlp, "balanced"):
-            for_their_own_sake += block.mlp.balanced.losses.values()
-    kept = [(unit.path, saved) for unit, saved in zip(passed.units, passed.saved, strict=True)]
+    for unit, one in zip(passed.units, passed.passed, strict=True):
+        if unit.layer >= 0 and hasattr(one.block.mlp, "balanced"):
+            for_their_own_sake += one.block.mlp.balanced.losses.values()
+    kept = [(unit.path, one.saved) for unit, one in zip(passed.units, passed.passed, strict=True)]
     kept += [("", saved) for saved in passed.losses]
     tried, unread = 0, []
     for path, saved in kept:

@@ -300,7 +300,7 @@ class TestCotangents:
 
     def dlogits(self):
         run = self.RESULT._run
-        return loss.backward(run.context, 1.0, run.losses[0]).reshape(4, 6, -1)
+        return loss.backward(run.given.context, 1.0, run.losses[0]).reshape(4, 6, -1)
 
     def test_the_loss_s_own_cotangent_at_the_logits_stands_in_for_the_loss(self) -> None:
         found = EXACT_MODEL.backward(EXACT_MODEL.forward(IDS), {"logits": self.dlogits()})

@@ -13,6 +13,7 @@ import pytest
 from support import bits, config, random_ids, random_weights
 
 import refimpl
+from refimpl import prepared
 from refimpl.accounting.kept import peak, predicted
 from refimpl.accounting.measured import counted, identity, load_of
 from refimpl.numerics import sites
@@ -124,17 +125,17 @@ class Watching(Rounded):
 
 def measured_peak(model: Any, result: Any) -> int:
     """Backward as Model.backward, but every unit and loss is freed once it is done."""
-    passed, c, ar, most = result._run, result._run.context, model.ar, 0
-    saved, losses = list(passed.saved), list(passed.losses)
-    passed.saved.clear(), passed.losses.clear()
+    run, ar, most = result._run, model.ar, 0
+    passed = list(run.passed)
+    run.passed.clear()
 
     def look() -> None:
         nonlocal most
         seen: set[Any] = set()
         held = 0
-        for unit, own in zip(passed.units, saved, strict=False):
-            held += sum(counted(own, unit.path, seen).values())
-        held += sum(sum(counted(loss, "", seen).values()) for loss in losses)
+        for unit, own in zip(run.units, passed, strict=False):
+            held += sum(counted(own.saved, unit.path, seen).values())
+            held += 0 if own.loss is None else sum(counted(own.loss, "", seen).values())
         for made in filter(None, (ref() for ref in ar.made)):
             held += 0 if identity(made) in seen else made.nbytes
             seen.add(identity(made))
@@ -142,14 +143,14 @@ def measured_peak(model: Any, result: Any) -> int:
 
     ar.look.append(look)
     grads, dx = model.gradients(), None
-    for unit in reversed(passed.units):
+    for unit in reversed(run.units):
         look()
-        dlogits = None
-        if unit.has_logits:
-            weight = TRAINING.mtp_loss_weight / model.modules if unit.depth else 1.0
-            dlogits = c.ops.loss.backward(c, weight, losses.pop())
-        dx = unit_backward(c, unit, dx, dlogits, saved[-1], passed.tokens[unit.depth], grads)
-        saved.pop()
+        dlogits = prepared._dlogits(run.given, unit, passed[-1]) if unit.has_logits else None
+        passed[-1] = prepared.Passed(passed[-1].saved)  # the loss is done
+        dx = unit_backward(
+            run.given.context, unit, dx, dlogits, passed[-1].saved, run.given.tokens[unit.depth], grads
+        )
+        passed.pop()
         assert not [ref for ref in ar.made if ref() is not None], "what was computed again outlives its unit"
         ar.made.clear()
     reference = refimpl.load((model.config, model.weights), Watching(ar.recipe), training=TRAINING)

@@ -37,13 +37,11 @@ _IN_OWNERS = ("swiglu.gate", "swiglu.up")  # the name of the experts comes befor
 def measured(result: Any) -> list[Unit]:
     """result: what Model.forward gave with trace=()  ->  its units, in the order of the forward pass."""
     run, seen = result._run, set[Hashable]()
-    losses = iter(run.losses)
     found = []
-    for unit, saved in zip(run.units, run.saved, strict=True):
-        kept = counted(saved, unit.path, seen)
-        loss = next(losses, None) if unit.has_logits else None
-        if loss is not None:
-            for site, count in counted(loss, "", seen).items():
+    for unit, passed in zip(run.units, run.passed, strict=True):
+        kept = counted(passed.saved, unit.path, seen)
+        if passed.loss is not None:
+            for site, count in counted(passed.loss, "", seen).items():
                 kept[site] = kept.get(site, 0) + count
         found.append(Unit(unit.kind, unit.layer, kept))
     return found
@@ -53,10 +51,10 @@ def load_of(result: Any) -> Load:
     """How many tokens of which kind the pass had."""
     run = result._run
     depths = range(1 + max(unit.depth for unit in run.units))
-    balanced = [run.tokens[k].balancing for k in depths]
+    balanced = [run.given.tokens[k].balancing for k in depths]
     experts = {}
-    for unit, block in run.blocks():
-        gating = getattr(block.mlp, "gating", None)
+    for unit, passed in zip(run.units, run.passed, strict=True):
+        gating = getattr(passed.block.mlp, "gating", None) if unit.layer >= 0 else None
         if gating is not None:
             chosen = gating.topk_idx.reshape(-1)
             experts[unit.layer] = np.bincount(chosen, minlength=gating.scores.shape[1]).tolist()

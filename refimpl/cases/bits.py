@@ -12,16 +12,17 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from refimpl.cases import exact, fingerprints, format, instruments
+from refimpl.cases import exact, fingerprints, format, instruments, orders
 from refimpl.cases.claims import BITS
 from refimpl.cases.definition import SEED, Flag
-from refimpl.cases.folder import KEPT_BITS, as_codes, generated_codes, sample_positions
+from refimpl.cases.folder import KEPT_BITS, KEPT_SCHEDULE, as_codes, generated_codes, sample_positions
 from refimpl.cases.format import INPUT, PROBE, REQUIRED, Case, Tensor
 from refimpl.errors import Invalid
 from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 
 _TEXT: Final = "The bits are demanded."
+_KEPT: Final = {"bits": KEPT_BITS, "schedule": KEPT_SCHEDULE}  # elements up to which an output is kept whole
 _NAN_TEXT: Final = "The bits are demanded; where ours is a NaN, any NaN is as good."
 
 
@@ -113,7 +114,8 @@ class Bits:
     flags: tuple[Flag, ...] = ()
     fingerprint: str | None = None  # of `fingerprints`
 
-    kind: ClassVar[str] = "bits"
+    kind: str = "bits"
+
     backward: ClassVar[bool] = False
     rejects: ClassVar[str | None] = None
     twin: ClassVar[str | None] = None
@@ -142,7 +144,7 @@ def made(d: Bits) -> tuple[Case, dict[str, Array], dict[str, Array]]:
     allows = any(t.any_nan is not None for t in judged)
     case = Case(
         id=d.id,
-        kind="bits",
+        kind=d.kind,
         outcome="values",
         title=d.title,
         clauses=d.clauses,
@@ -165,13 +167,14 @@ def _output(d: Bits, name: str, out: instruments.Out, codes: Array) -> Tensor:
     nan = exact.NAN_CODES.get(out.dtype) if d.any_nan else None
     return Tensor(
         name,
-        PROBE if out.instead_of else REQUIRED,
+        PROBE if out.instead_of or out.probe else REQUIRED,
         out.dtype,
         tuple(codes.shape),
         format.digest(codes, out.dtype),
-        samples=None if codes.size <= KEPT_BITS else len(sample_positions(name, codes.size)),
+        samples=None if codes.size <= _KEPT[d.kind] else len(sample_positions(name, codes.size)),
         any_nan=nan,
         instead_of=out.instead_of,
+        one_of=out.one_of,
     )
 
 
@@ -183,19 +186,23 @@ def _certified(case: Case, expected: Mapping[str, Array]) -> Case:
         right = expected[t.name]
         positions = None if t.samples is None else sample_positions(t.name, t.size)
         kept = right.reshape(-1) if positions is None else right.reshape(-1)[positions]
-        for wrong, spoiled in exact.spoiled(right, t).items():
+        spoiling = orders.spoiled if case.kind == "schedule" else exact.spoiled
+        for wrong, spoiled in spoiling(right, t).items():
             if np.array_equal(spoiled, right):
                 unfit.setdefault(t.name, {})[wrong] = "gives the right values"
                 continue
             held = exact.compare(t, kept, positions, spoiled).holds
             if case.fingerprint is not None:
                 held = fingerprints.fits(case.fingerprint, t, spoiled)
+            if held and t.one_of:
+                unfit.setdefault(t.name, {})[wrong] = "is as right"
+                continue
             if held:
                 raise Invalid(f"case {case.id}: the verdict would accept {t.name} when it is wrong: {wrong}.")
             seen.add(wrong)
     if not seen:
         raise Invalid(f"case {case.id} has no output that can be wrong.")
-    rejects = {BITS: {wrong: "exact" for wrong in exact.WRONG if wrong in seen}}
+    rejects = {BITS: {wrong: "exact" for wrong in (*exact.WRONG, *orders.WRONG) if wrong in seen}}
     return replace(case, certificate={"rejects": rejects, "not_applicable": unfit})
 
 

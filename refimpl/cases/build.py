@@ -28,7 +28,7 @@ AnyDefinition = Definition | Bits | Staged
 LARGEST_FP16 = 2.0**15  # of a value in a case that is offered to fp16
 LARGEST_STEP = 0.5  # rounding of an attention score, beyond which first-order bounds of its exponential fail
 # judged by the noise floor: bounds of whole networks say nothing
-NETWORKS = ("model", "mtp", "step", "chain")
+NETWORKS = ("model", "mtp", "step", "chain", "pipelined")
 
 
 _DERIVATIONS = {

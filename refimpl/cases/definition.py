@@ -132,6 +132,8 @@ class Definition:
     def kind(self) -> str:
         if self.component in STEPS:
             return "step"
+        if self.component == "pipelined":
+            return "schedule"
         return "reject" if self.rejects else "vjp" if self.backward else "forward"
 
     def is_required(self, name: str) -> bool:

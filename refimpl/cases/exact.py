@@ -45,6 +45,8 @@ def compare(t: Tensor, ours: Array, positions: Array | None, theirs: Array) -> C
     """ours (n,) at flat positions (None: all), theirs of the tensor's shape, codes  ->  the comparison."""
     if t.any_nan is not None:
         theirs = canonical(theirs, t.dtype, t.any_nan)
+    if t.one_of:
+        return _among(t, theirs.reshape(-1))
     flat = theirs.reshape(-1) if positions is None else theirs.reshape(-1)[positions]
     wrong = np.flatnonzero(flat != ours)
     holds = format.digest(theirs, t.dtype) == t.sha256
@@ -53,6 +55,14 @@ def compare(t: Tensor, ours: Array, positions: Array | None, theirs: Array) -> C
     first = int(wrong[0])
     at = first if positions is None else int(positions[first])
     return Comparison(holds, ours.size, int(wrong.size), at, int(ours[first]), int(flat[first]))
+
+
+def _among(t: Tensor, theirs: Array) -> Comparison:
+    """Every element has to be one of those that are right."""
+    wrong = np.flatnonzero(~np.isin(theirs, t.one_of))
+    at = int(wrong[0]) if wrong.size else -1
+    first = int(theirs[at]) if wrong.size else 0
+    return Comparison(not wrong.size, theirs.size, int(wrong.size), at, t.one_of[0], first)
 
 
 def canonical(codes: Array, dtype: str, nan: int) -> Array:

@@ -32,6 +32,7 @@ WHOLE = 1 << 14  # elements of all generated inputs, or all generated weights, u
 SAMPLES = 128  # elements that are kept of an output
 KEPT_OUTPUT = 256  # elements of an output up to which it is kept whole
 KEPT_BITS = 512  # the same where bits are compared
+KEPT_SCHEDULE = 1024  # and of the orders of schedules
 
 FORMAT_OF = {  # the number formats that a safetensors file names
     "F32": FP32,

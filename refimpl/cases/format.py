@@ -31,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from refimpl.cases import schema
+from refimpl.cases.claims import BITS
 from refimpl.checkpoint.dtypes import DTYPES, bf16_codes
 from refimpl.config.jsonfile import read_object
 from refimpl.errors import Invalid, Unreadable
@@ -71,6 +72,7 @@ class Tensor:
     margins: tuple[float, float] | None = None
     any_nan: int | None = None
     instead_of: str | None = None
+    one_of: tuple[int, ...] = ()
     extras: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -106,6 +108,11 @@ class Case:
     refused: Mapping[str, str] = field(default_factory=dict)
     tolerance: Mapping[str, Any] | None = None
     fingerprint: Mapping[str, Any] | None = None
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether its outputs are compared exactly, and not within tolerances."""
+        return self.claims == (BITS,)
 
     def tensor(self, name: str) -> Tensor:
         return next(t for t in self.tensors if t.name == name)

@@ -12,6 +12,8 @@ A component takes inputs by name and the case's arguments, and returns its outpu
     gemm_fp8         a, a_scale, b, b_scale -> d              kernel, split, accumulation
     gemm_contiguous, gemm_masked                              the same with group or counts; kernel
     gemm_along_k     with c                                   sizes
+    plan             -> order, its times and metrics          schedule, ranks, microbatches, chunks, durations
+    legality         order, placement -> illegal, rank        stages, microbatches
 
 Products may be given as d, float32, or d_bf16, that rounded to nearest even.
 """
@@ -31,6 +33,7 @@ from refimpl.numerics.blockscale import Quantised, dequantise, quantise, requant
 from refimpl.numerics.float32 import Single, canonical, to_bf16
 from refimpl.numerics.formats import FORMATS, Rounding, Stochastic
 from refimpl.numerics.gemm import gemm_fp8
+from refimpl.pipeline import arrays
 
 DTYPE_OF: Final = {  # the type of a file that holds the codes of a format
     "fp32": "F32",
@@ -72,6 +75,8 @@ class Out:
     array: Array
     dtype: str
     instead_of: str | None = None  # the output that a port need not give when it gives this one
+    probe: bool = False
+    one_of: tuple[int, ...] = ()  # what is as right, of an integer
 
 
 Outputs = dict[str, Out]
@@ -177,6 +182,21 @@ def _along_k(d: Data) -> Outputs:
     return {"d": Out(grouped.along_k(*_operands(d), sizes, d.single("c"), kernel), "F32")}
 
 
+_PROBES: Final = ("placement", "start", "copies")
+
+
+def _plan(d: Data) -> Outputs:
+    found = arrays.planned(d.arguments)
+    return {name: Out(array, "I32", probe=name in _PROBES) for name, array in found.items()}
+
+
+def _legality(d: Data) -> Outputs:
+    found = arrays.judged(d.codes, d.arguments)
+    rank = found["rank"]
+    one_of = tuple(map(int, rank))
+    return {"illegal": Out(found["illegal"], "I32"), "rank": Out(rank[:1], "I32", probe=True, one_of=one_of)}
+
+
 COMPONENTS: dict[str, Callable[[Data], Outputs]] = {
     "decode": _decode,
     "cast": _cast,
@@ -192,4 +212,6 @@ COMPONENTS: dict[str, Callable[[Data], Outputs]] = {
     "gemm_contiguous": _contiguous,
     "gemm_masked": _masked,
     "gemm_along_k": _along_k,
+    "plan": _plan,
+    "legality": _legality,
 }

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from refimpl import __version__
-from refimpl.cli import account, check, golden, mutants, recipe, train, validate
+from refimpl.cli import account, check, golden, mutants, pipeline, recipe, train, validate
 from refimpl.cli.common import HOLDS, INTERRUPTED, UNTRIED
 from refimpl.errors import Error
 
@@ -48,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"refimpl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (golden, check, validate, mutants, train, recipe, account):
+    for command in (golden, check, validate, mutants, train, recipe, account, pipeline):
         command.add(commands)
     return parser

@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl.layers import mlp
 from refimpl.layers.context import Context, tensor
-from refimpl.numerics.arithmetic import Array, Kept, Operand
+from refimpl.numerics.arithmetic import Arithmetic, Array, Kept, Operand
 from refimpl.numerics.gradients import Gradients
 
 
@@ -48,8 +48,8 @@ def forward(c: Context, x: Operand, idx: Array, weight: Array) -> tuple[Array, S
 
     done = ar.each(run, groups)
     slots = slots.reshape(tokens, chosen, -1)  # (T, K, D)
-    y = ar.at("experts.out", _combined(c, weight, slots, idx))  # (T, D)
-    order = np.argsort(idx, axis=1, kind="stable") if ar.stores("d.experts.sum") else None
+    y = ar.at("experts.out", combined(ar, weight, slots, idx))  # (T, D)
+    order = by_expert(idx) if ar.stores("d.experts.sum") else None
     return y, Saved(groups, done, weight, c.keep("experts.slots", slots), c.probe(y), order)
 
 
@@ -72,7 +72,7 @@ def backward(c: Context, dy: Array, saved: Saved, grads: Gradients) -> tuple[Arr
 
     for own in ar.each(run, zip(saved.groups, saved.experts, strict=True)):
         grads.merge(own)
-    dx = _added(c, "d.experts.sum", dslots.reshape(slots.shape), saved.order)
+    dx = added(ar, "d.experts.sum", dslots.reshape(slots.shape), saved.order)
     return ar.at("d.experts.in", dx), dweight  # (T, D), (T, K)
 
 
@@ -82,24 +82,28 @@ def given(saved: Saved, x: Operand) -> Saved:
     return replace(saved, experts=[mlp.given(own, x.rows(group.tokens)) for group, own in pairs])
 
 
-def _combined(c: Context, weight: Array, slots: Array, idx: Array) -> Array:
+def combined(ar: Arithmetic, weight: Array, slots: Array, idx: Array) -> Array:
     """weight (T, K), slots (T, K, D)  ->  (T, D): one contraction, unless the recipe stores its steps."""
-    ar = c.ar
     if not ar.stores("experts.slot") and not ar.stores("experts.sum"):
         return ar.matmul(weight[:, None, :], slots.swapaxes(1, 2))[:, 0]
     weighted = ar.fused("experts.slot", slots * weight[..., None])  # (T, K, D)
-    return _added(c, "experts.sum", weighted, np.argsort(idx, axis=1, kind="stable"))
+    return added(ar, "experts.sum", weighted, by_expert(idx))
 
 
-def _added(c: Context, site: str, slots: Array, order: Array | None) -> Array:
+def added(ar: Arithmetic, site: str, slots: Array, order: Array | None) -> Array:
     """slots (T, K, D)  ->  (T, D): summed over K, or one by one in an order (T, K)."""
-    if order is None or not c.ar.stores(site):
-        return c.ar.sum(slots, 1)
+    if order is None or not ar.stores(site):
+        return ar.sum(slots, 1)
     ordered = np.take_along_axis(slots, order[..., None], 1)
     total = ordered[:, 0]
     for k in range(1, ordered.shape[1]):
-        total = c.ar.fused(site, total + ordered[:, k])
+        total = ar.fused(site, total + ordered[:, k])
     return total
+
+
+def by_expert(idx: Array) -> Array:
+    """idx (T, K)  ->  (T, K): a token's slots in the order of their experts' numbers."""
+    return np.argsort(idx, axis=1, kind="stable")
 
 
 def group_tokens(idx: Array) -> list[Group]:

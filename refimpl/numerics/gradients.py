@@ -6,7 +6,8 @@ split of the batch can change a bit.  In the other arithmetics each contribution
 the results are added in the order of the microbatches, each sum rounded as gradients are stored.
 
 Weight gradients of linears may wait (`deferred`): `run(n)` does the oldest n of them, first in, first out,
-which is the W of zero-bubble pipeline schedules.
+which is the W of zero-bubble pipeline schedules.  One that waits keeps its place among the contributions to
+its parameter, so that waiting changes no bit in any arithmetic.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import numpy as np
@@ -74,6 +76,14 @@ class Rows:
 Part = Weighted | Products | Rows
 
 
+@dataclass
+class _Contribution:
+    """What a microbatch adds to a parameter, at the place at which it arrived."""
+
+    microbatch: int
+    part: Part | Array
+
+
 class Gradients:
     """Collects contributions by checkpoint name and microbatch; see the module's text."""
 
@@ -83,28 +93,43 @@ class Gradients:
         self.ar = ar
         self.deferred = deferred
         self.aliases = aliases or {}  # a shared parameter's other name -> the name its gradient has
-        self._parts: dict[str, list[tuple[int, Part | Array]]] = {}
-        self._waiting: deque[tuple[str, int, Weighted]] = deque()
+        self._parts: dict[str, list[_Contribution]] = {}
+        self._waiting: deque[_Contribution] = deque()
+
+    @property
+    def waiting(self) -> tuple[Any, ...]:
+        """The operands of the weight gradients that wait, oldest first."""
+        return tuple(one.part for one in self._waiting)
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """All that is held: what waits, other operands, and gradients of single microbatches."""
+        return tuple(one.part for parts in self._parts.values() for one in parts)
 
     def weight(self, name: str, microbatch: int, dy: Operand, x: Operand) -> None:
         """A linear's weight: dy^T x over the tokens of a microbatch."""
-        self._waiting.append((name, microbatch, Weighted(dy, x)))
+        self._waiting.append(self._place(name, microbatch, Weighted(dy, x)))
         if not self.deferred:
             self.run()
 
     def product_sum(self, name: str, microbatch: int, a: Array, b: Array) -> None:
         """A gain: the sum over tokens of a * b, both (T, D)."""
-        self._store(name, microbatch, Products(a, b))
+        self._contract(self._place(name, microbatch, Products(a, b)))
 
     def rows(self, name: str, microbatch: int, ids: Array, dy: Array, n: int) -> None:
         """An embedding of n rows: dy (T, D) added to the rows ids (T,)."""
-        self._store(name, microbatch, Rows(ids, dy, n))
+        self._contract(self._place(name, microbatch, Rows(ids, dy, n)))
+
+    def add(self, name: str, microbatch: int, g: Array) -> None:
+        """A gradient that is reduced already; not in an order-free arithmetic, which rounds but once."""
+        assert not self.ar.order_free
+        self._place(name, microbatch, g)
 
     def run(self, n: int | None = None) -> int:
         """Do the oldest n waiting weight gradients, all of them by default; returns how many were done."""
         count = len(self._waiting) if n is None else min(n, len(self._waiting))
         for _ in range(count):
-            self._store(*self._waiting.popleft())
+            self._contract(self._waiting.popleft())
         return count
 
     def branch(self) -> Gradients:
@@ -125,13 +150,18 @@ class Gradients:
         """(name, gradient) one by one; what a gradient was made of is released once it is handed out."""
         self.run()
         for name in list(self._parts):
-            parts = [part for _, part in sorted(self._parts.pop(name), key=_microbatch)]
+            parts = [one.part for one in sorted(self._parts.pop(name), key=attrgetter("microbatch"))]
             yield name, self._total(parts)
 
-    def _store(self, name: str, microbatch: int, part: Part) -> None:
-        kept = part if self.ar.order_free else self.ar.gradient(part.total(self.ar))
-        name = self.aliases.get(name, name)
-        self._parts.setdefault(name, []).append((microbatch, kept))
+    def _place(self, name: str, microbatch: int, part: Part | Array) -> _Contribution:
+        one = _Contribution(microbatch, part)
+        self._parts.setdefault(self.aliases.get(name, name), []).append(one)
+        return one
+
+    def _contract(self, one: _Contribution) -> None:
+        """Operands become their gradient, unless they have to wait for those of all microbatches."""
+        if not self.ar.order_free:
+            one.part = self.ar.gradient(cast(Part, one.part).total(self.ar))
 
     def _total(self, parts: list[Part | Array]) -> Array:
         """The sum: one contraction over operands, or contributions added in order."""
@@ -156,7 +186,3 @@ def _join(parts: list[Part], ar: Arithmetic) -> Part:
 def _as_product(rows: Rows, ar: Arithmetic) -> Weighted:
     hot = ar.array(rows.ids[:, None] == np.arange(rows.n))  # (T, n)
     return Weighted(Operand(hot), Operand(rows.dy))
-
-
-def _microbatch(entry: tuple[int, Part | Array]) -> int:
-    return entry[0]

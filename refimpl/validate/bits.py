@@ -1,4 +1,4 @@
-"""An output of a port against a case of kind `bits`.  SPEC VERDICT-11, VERDICT-12.
+"""An output of a port against a case that is compared exactly.  SPEC VERDICT-11, VERDICT-12.
 
 A tensor is given in the type of the case, or as unsigned integers of the same width, which are its codes.
 For a fingerprint the question is not whether the bits are ours, but whose they are.
@@ -17,7 +17,7 @@ from refimpl.cases.staged import is_staged
 from refimpl.checkpoint.dtypes import DTYPES
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.numerics.arithmetic import Array
-from refimpl.validate import stagewise
+from refimpl.validate import schedules, stagewise
 from refimpl.validate.tensor import HOLDS, MALFORMED, MISSING, OFF, TensorVerdict
 
 
@@ -34,11 +34,15 @@ class Judged:
 def judge(folder: Folder, given: TensorFile) -> Judged:
     """given: the port's file.  Raises Unreadable."""
     case = folder.case
+    expected = schedules.Expected(folder) if case.kind == "schedule" else None
     verdicts: list[TensorVerdict] = []
     usable: dict[str, tuple[Tensor, Array]] = {}
     for t in case.outputs:
         if t.name not in given:
             verdicts.append(TensorVerdict(t.name, t.role, MISSING))
+            continue
+        if expected is not None:
+            verdicts.append(schedules.judge(expected, t, given))
             continue
         fault = _fault(given, t)
         if fault is not None:

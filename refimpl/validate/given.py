@@ -53,7 +53,7 @@ class Arrays(Mapping[str, Array]):
         if name not in self._tensors:
             raise Missing(f"case {self._folder.case.id} has no {name}, but it must be one of {list(self)}.")
         t = self._tensors[name]
-        if self._folder.case.kind == "bits":
+        if self._folder.case.by_bits:
             return self._folder.given_codes(t)
         value = self._folder.given(t)
         return value.astype(np.float32) if t.dtype in ("BF16", "F32") else value

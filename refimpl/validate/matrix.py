@@ -126,7 +126,7 @@ def of_case(path: str, ids: tuple[str, ...]) -> tuple[str, Exceeded]:
     """(the case's id, the factors of the mutants that apply to it).  Raises Unreadable."""
     folder = Folder.open(path)
     case = folder.case
-    if case.kind == "bits":
+    if case.by_bits:
         return case.id, _of_bits(folder, ids) if case.fingerprint is None else {}
     return case.id, _of_numbers(folder, ids) if case.outcome != "reject" else {}
 
@@ -152,6 +152,8 @@ def outcome(mutant: Mutant | BitsMutant, cases: Mapping[str, Mapping[str, float]
 
 def _of_numbers(folder: Folder, ids: tuple[str, ...]) -> Exceeded:
     case, reference = folder.case, Remembered(folder)
+    if not any(id in MUTANTS for id in ids):
+        return {}
     setting = setting_of(folder, FLOAT64)
     required = [t for t in case.outputs if t.role == REQUIRED]
     right, called = recorded(case.component, setting)

@@ -58,6 +58,6 @@ def _asset(root: Path, name: str) -> Path:
 
 
 def _stored(folder: Folder, t: Tensor) -> Stored:
-    if folder.case.kind == "bits":
+    if folder.case.by_bits:
         return folders.stored(folder.given_codes(t), t.dtype)
     return folders.stored(folder.given(t), t.dtype)

@@ -39,7 +39,10 @@ class Judging:
     def of(cls, folder: Folder, declared: PortFile, demanded: str | None) -> Judging | str:
         """Or why the case is not offered."""
         case = folder.case
-        if case.outcome == "reject" or case.kind == "bits":
+        if case.outcome == "reject":
+            return cls(folder, None, {}, folder)
+        if case.by_bits:
+            folder = Folder(folder.path, _roles(case, declared))
             return cls(folder, None, {}, folder)
         name = demanded or declared.claim_for(case) or (case.claims[0] if case.claims else None)
         if name is None:

@@ -56,7 +56,7 @@ def check(case: str | Path, output: str | Path, precision: str | None = None) ->
     folder = Folder.open(case)
     if folder.case.outcome == "reject":
         return refusal(folder.case, Path(output).exists())
-    if folder.case.kind == "bits":
+    if folder.case.by_bits:
         offered = (BITS, FP8.name) if is_staged(folder.case) else (BITS,)
         if precision is not None and precision not in offered:
             raise Invalid(

@@ -21,7 +21,7 @@ from refimpl.programs import Outputs, Setting
 from refimpl.validate.matrix import recorded, touched
 from refimpl.validate.recomputed import FLOAT64
 from refimpl.variants.catalogue import CATALOGUE
-from refimpl.variants.mutants import EVERY, MUTANTS, balance, mtp, training
+from refimpl.variants.mutants import EVERY, MUTANTS, balance, mtp, schedules, training
 from refimpl.variants.mutants.mutant import ALL, Mutant
 from refimpl.variants.variation import Change, operations, unchanged
 
@@ -54,6 +54,7 @@ ELSEWHERE = (
     *balance.MUTANTS,
     *mtp.MUTANTS,
     *training.MUTANTS,
+    *schedules.MUTANTS,  # of gradients alone
 )  # test_mutants_training.py has their derivatives
 HERE = [mutant for mutant in MUTANTS.values() if mutant not in ELSEWHERE]
 BY_ID = pytest.mark.parametrize("mutant", HERE, ids=lambda mutant: mutant.id)

@@ -36,6 +36,7 @@ SUITES: Final[tuple[str, ...]] = (
     "gemm",
     "fingerprint",
     "recipe",
+    "schedule",
 )
 
 

@@ -1,0 +1,183 @@
+"""`refimpl pipeline`: schedules, their times and memory, pictures and files.  SPEC PIPE-47 to PIPE-49."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from refimpl.checkpoint.atomic import write_bytes
+from refimpl.cli.common import FAILS, HOLDS, Commands
+from refimpl.errors import Invalid
+from refimpl.pipeline import exchange, picture, summary, torch_csv, trace
+from refimpl.pipeline.check import check
+from refimpl.pipeline.gantt import title
+from refimpl.pipeline.rules import RULES, plan
+from refimpl.pipeline.schedule import Schedule
+from refimpl.pipeline.simulate import Durations, Timeline, simulate
+from refimpl.pipeline.waits import receives_ahead
+
+FORM: Final = "F,I,W[,B[,FB]]"
+LARGEST: Final = 1 << 20  # of any number that is given
+FINDINGS: Final = 20  # so many are printed
+CHUNKED: Final = "interleaved"
+
+Output = Callable[[], str]
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """The command `pipeline`."""
+    parser = commands.add_parser("pipeline", help="pipeline schedules: times, memory, pictures, files")
+    own = parser.add_subparsers(required=True, metavar="SCHEDULE|compare|check")
+    for name, rule in RULES.items():
+        one = own.add_parser(name, help=f"{rule.title}, the order of {rule.source}")
+        _common(one)
+        one.add_argument("--csv", metavar="FILE", help="the order in PyTorch's form; - is standard output")
+        one.set_defaults(run=_schedule, schedules=[name])
+    several = own.add_parser("compare", help="several schedules in one table and one picture")
+    several.add_argument("schedules", nargs="+", metavar="SCHEDULE", help=f"of {', '.join(RULES)}")
+    _common(several)
+    several.set_defaults(run=_compare, csv=None)
+    judged = own.add_parser("check", help="whether a schedule in a file is complete, legal and runs through")
+    judged.add_argument("file", metavar="FILE", type=Path, help="JSON as --json writes it, or PyTorch's CSV")
+    judged.set_defaults(run=_check)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser._negative_number_matcher = re.compile(r"-\d")  # so that -1,1,1 is a value
+    parser.add_argument("--ranks", required=True, metavar="P")
+    parser.add_argument("--microbatches", required=True, metavar="M")
+    parser.add_argument("--chunks", metavar="V", help=f"stages of a rank, for {CHUNKED}; default: 2")
+    parser.add_argument("--group", metavar="G", help=f"microbatches that go together, for {CHUNKED}")
+    parser.add_argument(
+        "--times", default="1,1,1", metavar=FORM, help="whole numbers; default: 1,1,1, B = I+W, FB = F+B"
+    )
+    parser.add_argument("--latency", default="0", metavar="L", help="from rank to rank; default: 0")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="a Gantt chart, SVG or PNG; - is SVG on standard output"
+    )
+    parser.add_argument(
+        "--trace", dest="chrome", metavar="FILE", help="for Chrome or Perfetto; - is standard output"
+    )
+    parser.add_argument("--json", metavar="FILE", help="orders and metrics; - is standard output")
+
+
+def _schedule(given: argparse.Namespace) -> int:
+    durations = _durations(given)
+    _outputs_possible(given)
+    timeline = simulate(_planned(given.schedules[0], given), durations)
+    schedule = timeline.schedule
+    _told(
+        given,
+        [timeline],
+        as_text=lambda: summary.text(timeline),
+        as_json=lambda: exchange.to_json(schedule, summary.metrics(timeline)),
+        as_csv=lambda: torch_csv.text(schedule),
+    )
+    return HOLDS
+
+
+def _compare(given: argparse.Namespace) -> int:
+    durations = _durations(given)
+    _outputs_possible(given)
+    timelines = summary.alike([_planned(name, given) for name in given.schedules], durations)
+    _told(
+        given,
+        timelines,
+        as_text=lambda: summary.compared(timelines, durations),
+        as_json=lambda: exchange.several([(one.schedule, summary.metrics(one)) for one in timelines]),
+    )
+    return HOLDS
+
+
+def _check(given: argparse.Namespace) -> int:
+    found = exchange.read(given.file)
+    findings = check(found.schedule)
+    if found.left_out:
+        print(f"{found.left_out} actions of communication are left out; they are not judged.")
+    for finding in findings[:FINDINGS]:
+        print(finding)
+    if len(findings) > FINDINGS:
+        print(f"and {len(findings) - FINDINGS} more")
+    if findings:
+        print(f"{title(found.schedule)}: not legal")
+        return FAILS
+    ahead = receives_ahead(found.schedule)
+    print(f"{title(found.schedule)}: legal; receives to be posted ahead under rendezvous: {ahead}")
+    return HOLDS
+
+
+def _told(
+    given: argparse.Namespace,
+    timelines: Sequence[Timeline],
+    as_text: Output,
+    as_json: Output,
+    as_csv: Output | None = None,
+) -> None:
+    """Files first, and then what standard output is for."""
+    outputs: list[tuple[str, str | None, Callable[[str], bytes]]] = [
+        ("picture", given.plot, lambda name: picture.render(timelines, picture.form(name))),
+        ("trace", given.chrome, lambda _: trace.text(timelines).encode()),
+        ("csv", given.csv, lambda _: as_csv().encode() if as_csv else b""),
+        ("json", given.json, lambda _: as_json().encode()),
+    ]
+    wanted = [(what, name, made(name)) for what, name, made in outputs if name is not None]
+    for _, name, data in wanted:
+        if name != "-":
+            write_bytes(name, data)
+    piped = [data for _, name, data in wanted if name == "-"]
+    if piped:
+        sys.stdout.write(piped[0].decode())
+        return
+    print(as_text())
+    for what, name, _ in wanted:
+        print(f"{what}: {name}")
+
+
+def _outputs_possible(given: argparse.Namespace) -> None:
+    """Before anything is computed.  Raises Invalid, Unsupported."""
+    names = [name for name in (given.plot, given.chrome, given.csv, given.json) if name is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise Invalid(f"{name} is given for several outputs, but each must have its own.")
+        if not Path(name).name:
+            raise Invalid(f"{name!r} is to be written, but a file must have a name.")
+        if not Path(name).parent.is_dir():
+            raise Invalid(f"{name} is to be written, but there is no folder {Path(name).parent}.")
+    if given.plot is not None:
+        picture.check(given.plot)
+
+
+def _planned(name: str, given: argparse.Namespace) -> Schedule:
+    """Raises Invalid."""
+    if name not in RULES:
+        raise Invalid(f"{name[:40]!r} is no schedule, but it must be one of {', '.join(RULES)}.")
+    ranks, microbatches = _number("--ranks", given.ranks, 1), _number("--microbatches", given.microbatches, 1)
+    chunks = None if given.chunks is None else _number("--chunks", given.chunks, 1)
+    group = None if given.group is None else _number("--group", given.group, 1)
+    if name != CHUNKED and CHUNKED in given.schedules:  # --chunks and --group are its own
+        chunks = group = None
+    return plan(name, ranks, microbatches, chunks, group)
+
+
+def _durations(given: argparse.Namespace) -> Durations:
+    """Raises Invalid."""
+    parts = given.times.split(",")
+    if not 3 <= len(parts) <= 5:
+        raise Invalid(f"--times is {given.times[:60]!r}, but it must be {FORM}, three to five whole numbers.")
+    forward, to_input, to_weights, *rest = (_number("--times", part, 0, given.times) for part in parts)
+    backward, pair = [*rest, None, None][:2]
+    latency = _number("--latency", given.latency, 0)
+    return Durations(forward, to_input, to_weights, backward, pair, latency)
+
+
+def _number(option: str, text: str, least: int, whole: str | None = None) -> int:
+    """Raises Invalid."""
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= LARGEST:
+        shown = (whole or text)[:60]
+        each = "each of it" if whole else "it"
+        raise Invalid(f"{option} is {shown!r}, but {each} must be a whole number from {least} to {LARGEST}.")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Pipeline-parallel schedules: generated, checked, simulated, drawn, and executed on a model."""

@@ -1,0 +1,217 @@
+"""`refimpl pipeline`: statuses, sentences, files and standard output.  SPEC PIPE-47 to PIPE-49."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refimpl import cli
+from refimpl.pipeline import exchange
+from refimpl.pipeline.rules import RULES, plan
+
+SIZE = ("--ranks", "4", "--microbatches", "10")
+Run = Any
+
+
+@pytest.fixture
+def run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command in an empty folder: (status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[Any, str, str]:
+        try:
+            status: Any = cli.main(["pipeline", *arguments])
+        except SystemExit as leave:  # argparse
+            status = leave.code
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return call
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_schedule_has_its_table(name: str, run: Run) -> None:
+    status, out, err = run(name, *SIZE)
+    assert (status, err) == (0, "")
+    assert out.startswith(RULES[name].title)
+    assert "makespan" in out
+    assert "published" in out
+
+
+def test_times_and_latency_are_those_given(run: Run) -> None:
+    _, out, _ = run("dualpipe", *SIZE, "--times", "10,12,9,21,25", "--latency", "3")
+    assert "F 10, B 21, I 12, W 9, F&B 25, latency 3: makespan 330, idle 50 (15.2%)" in out
+    assert "does not apply" in out
+
+
+def test_chunks_and_group_go_to_the_schedule(run: Run) -> None:
+    run("interleaved", *SIZE, "--chunks", "3", "--group", "5", "--json", "a.json")
+    assert exchange.read("a.json").schedule == plan("interleaved", 4, 10, 3, 5)
+
+
+def test_files_are_written_and_named(run: Run) -> None:
+    files = {"plot": "a.svg", "trace": "a.trace", "csv": "a.csv", "json": "a.json"}
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    status, out, _ = run(
+        "zbv", *SIZE, *(part for kind, name in files.items() for part in (f"--{kind}", name))
+    )
+    assert status == 0
+    assert out.splitlines()[-4:] == ["picture: a.svg", "trace: a.trace", "csv: a.csv", "json: a.json"]
+    assert sorted(path.name for path in Path().iterdir()) == sorted(files.values())
+    assert Path("a.svg").read_bytes().startswith(b"<?xml")
+    assert json.loads(Path("a.trace").read_text())["traceEvents"]
+    for name in ("a.csv", "a.json"):
+        assert exchange.read(name).schedule.ranks == plan("zbv", 4, 10).ranks
+    found = json.loads(Path("a.json").read_text())
+    assert tuple(found) == (*exchange.KEYS, "metrics")
+
+
+@pytest.mark.parametrize("kind", ["plot", "trace", "csv", "json"])
+def test_standard_output_can_take_one_of_them_in_place_of_the_table(kind: str, run: Run) -> None:
+    if kind == "plot":
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run("1f1b", *SIZE, f"--{kind}", "a.svg")
+    _, out, err = run("1f1b", *SIZE, f"--{kind}", "-")
+    assert (out, err) == (Path("a.svg").read_bytes().decode(), "")
+
+
+def test_compare_has_one_table_one_picture_one_trace_one_file(run: Run) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    names = ("1f1b", "interleaved", "dualpipe")
+    options = ("--chunks", "2", "--group", "5", "--plot", "a.png", "--trace", "a.trace", "--json", "a.json")
+    status, out, _ = run("compare", *names, *SIZE, *options)
+    assert status == 0
+    assert [out.count(RULES[name].title) for name in names] == [2, 1, 1]  # 1F1B is in Interleaved 1F1B
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(Path("a.json").read_text())["schedules"]
+    assert [one["schedule"] for one in found] == list(names)
+    assert [one["metrics"]["durations"]["F"] for one in found] == [2, 1, 2]
+    assert exchange.from_dict(found[1], "x") == plan("interleaved", 4, 10, 2, 5)
+    events = json.loads(Path("a.trace").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1, 2}
+
+
+BAD = [
+    (("dualpipe", "--ranks", "3", "--microbatches", "10"), ("dualpipe", "even", "3")),
+    (("dualpipe", "--ranks", "4", "--microbatches", "6"), ("dualpipe", "8", "6")),
+    (("dualpipev", "--ranks", "4", "--microbatches", "7"), ("dualpipev", "7")),
+    (("dualpipe", "--ranks", "0", "--microbatches", "6"), ("--ranks", "'0'", "from 1")),
+    (("1f1b", "--ranks", "x", "--microbatches", "6"), ("--ranks", "'x'")),
+    (("1f1b", "--ranks", "2", "--microbatches", "-6"), ("--microbatches", "'-6'")),
+    (("1f1b", "--ranks", "2", "--microbatches", "1.5"), ("--microbatches", "'1.5'")),
+    (("1f1b", "--ranks", "1048576", "--microbatches", "1048576"), ("at most",)),
+    (("1f1b", "--ranks", "9" * 30, "--microbatches", "1"), ("--ranks",)),
+    (("1f1b", *SIZE, "--chunks", "2"), ("1f1b", "chunks", "2")),
+    (("1f1b", *SIZE, "--group", "5"), ("1f1b", "group", "5")),
+    (("interleaved", *SIZE, "--group", "3"), ("group", "3")),
+    (("interleaved", *SIZE, "--chunks", "0"), ("--chunks", "'0'")),
+    (("1f1b", *SIZE, "--times", "1,2"), ("--times", "'1,2'", "three to five")),
+    (("1f1b", *SIZE, "--times", "1,2,3,4,5,6"), ("--times", "three to five")),
+    (("1f1b", *SIZE, "--times", ""), ("--times", "three to five")),
+    (("1f1b", *SIZE, "--times", "-1,1,1"), ("--times", "'-1,1,1'", "from 0")),
+    (("1f1b", *SIZE, "--times=1,-1,1"), ("--times", "'1,-1,1'")),
+    (("1f1b", *SIZE, "--times", "1,,1"), ("--times", "'1,,1'")),
+    (("1f1b", *SIZE, "--times", "1.5,1,1"), ("--times", "whole number")),
+    (("1f1b", *SIZE, "--times", "F,I,W"), ("--times", "'F,I,W'")),
+    (("1f1b", *SIZE, "--latency", "-3"), ("--latency", "'-3'")),
+    (("1f1b", *SIZE, "--plot", "a.gif"), ("a.gif", ".svg or .png")),
+    (("1f1b", *SIZE, "--csv", "-", "--json", "-"), ("- is given", "each must have its own")),
+    (("1f1b", *SIZE, "--csv", "a", "--json", "a"), ("a is given", "each must have its own")),
+    (("1f1b", *SIZE, "--csv", ""), ("''", "a name")),
+    (("1f1b", *SIZE, "--csv", "."), ("'.'", "a name")),
+    (("1f1b", *SIZE, "--json", "none/a.json"), ("none/a.json", "no folder none")),
+    (("compare", "1f1b", "nonsense", *SIZE), ("'nonsense'", "dualpipev")),
+    (("compare", "1f1b", "dualpipe", "--ranks", "3", "--microbatches", "6"), ("even", "3")),
+    (("check", "none.csv"), ("none.csv", "cannot be read")),
+    (("check", "."), ("cannot be read",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragments"), BAD, ids=[" ".join(case[0])[:60] for case in BAD])
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: tuple[str, ...], fragments: tuple[str, ...], run: Run
+) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("refimpl: ")
+    assert err.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("nonsense",), ("1f1b",), ("1f1b", "--ranks", "3"), ("compare", *SIZE), ("check",)]
+)
+def test_missing_arguments_are_status_2_with_the_usage(arguments: tuple[str, ...], run: Run) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("usage: refimpl pipeline")
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = run("1f1b", *SIZE, "--json", "a.json", "--plot", "a.svg")
+    assert (status, out) == (2, "")
+    assert "the extra plot" in err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+@pytest.mark.parametrize("name", RULES)
+def test_check_finds_every_schedule_legal(name: str, form: str, run: Run) -> None:
+    run(name, *SIZE, f"--{form}", f"a.{form}")
+    status, out, err = run("check", f"a.{form}")
+    assert (status, err) == (0, "")
+    assert "10 microbatches: legal" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "fragment"),
+    [
+        ("0F0,0F0,0B0\n1F0,1B0\n", "rank 0, position 1"),
+        ("0F0\n1F0,1B0\n", "missing"),
+        ("0B0,0F0\n1F0,1B0\n", "rank 0, position 0"),
+        ("0F0,0W0,0I0\n1F0,1B0\n", "rank 0, position 1"),
+        ("0F0,0F1,0B0,0B1\n1F0,1F1,1B1,1B0\n1F0\n", "rank 2"),
+        ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "wait for each other"),
+    ],
+)
+def test_check_names_what_is_wrong(rows: str, fragment: str, run: Run) -> None:
+    Path("mine.csv").write_text(rows)
+    status, out, err = run("check", "mine.csv")
+    assert (status, err) == (1, "")
+    assert fragment in out
+    assert out.splitlines()[-1].endswith("not legal")
+
+
+def test_check_prints_so_many_findings_and_counts_the_others(run: Run) -> None:
+    Path("mine.csv").write_text("0F0\n" + ",".join(f"1F{m}" for m in range(30)) + "\n")
+    status, out, _ = run("check", "mine.csv")
+    lines = out.splitlines()
+    assert status == 1
+    assert len(lines) == 22
+    assert lines[-2].startswith("and ")
+    assert lines[-2].endswith(" more")
+
+
+def test_check_says_that_communication_is_not_judged(run: Run) -> None:
+    Path("mine.csv").write_text("0F0,0SEND_F0,0RECV_B0,0B0\n1F0,1B0\n")
+    status, out, _ = run("check", "mine.csv")
+    assert status == 0
+    assert out.splitlines()[0] == "2 actions of communication are left out; they are not judged."
+
+
+@pytest.mark.parametrize("text", ["0F0,0Q0\n", "", '{"P": 2}', "[1]"])
+def test_check_of_what_cannot_be_read_is_status_2(text: str, run: Run) -> None:
+    Path("mine").write_text(text)
+    status, out, err = run("check", "mine")
+    assert (status, out) == (2, "")
+    assert err.startswith("refimpl: mine")
+    assert err.count("\n") == 1

@@ -1,6 +1,6 @@
 """Linears and one expert of V3's width in the recipe v3-fp8 on a Hopper GPU, against the recipe's arithmetic.
 
-    python bench/hopper_recipe.py [--seed N] [--quick] [--without-gpu] [--out FILE]
+    python bench/hopper_recipe.py [--seed N] [--tokens N] [--quick] [--without-gpu] [--out FILE]
 
 hopper_recipe_chain.py runs each component forward and backward on the GPU, with torch and two products in
 hardware FP8: cuBLAS's block-scaled one and the hand-written wgmma kernel of hopper.cu.  Here every tensor is
@@ -318,6 +318,7 @@ def judged(case: Case, given: dict[str, Array], folder: Path, emulation: Emulati
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, help="of every component, a multiple of 64")
     parser.add_argument("--quick", action="store_true", help="small widths")
     parser.add_argument(
         "--without-gpu", action="store_true", help="emulated on both sides: tries the script out"
@@ -328,6 +329,8 @@ def main() -> int:
     if options.quick:
         pairs = zip(CASES, SMALL, strict=True)
         cases = tuple(replace(case, width=width, inner=inner, tokens=192) for case, (width, inner) in pairs)
+    if options.tokens:
+        cases = tuple(replace(case, tokens=options.tokens) for case in cases)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         emulation = Emulation(folder)

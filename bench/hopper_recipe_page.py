@@ -12,7 +12,7 @@ WAYS = {"wgmma": "wgmma, hand-written", "library": "cuBLAS", "emulation": "emula
 
 def page(results: list[Any], about: dict[str, Any], options: argparse.Namespace, day: datetime.date) -> str:
     cuda = f", torch {about['torch']} with CUDA {about['cuda']}" if about["cuda"] else ""
-    quick = " --quick" if options.quick else ""
+    quick = (f" --tokens {options.tokens}" if options.tokens else "") + (" --quick" if options.quick else "")
     lines = [
         "# The recipe v3-fp8 on a Hopper GPU",
         "",

@@ -1,4 +1,4 @@
-"""The recipe `hf-bf16` against transformers in bfloat16, operation by operation.  SPEC RECIPE-9.
+"""The recipe `hf-bf16` against transformers in bfloat16, operation by operation.  SPEC RECIPE-12.
 
 The whole run is `python bench/hf_bf16.py`; its table is bench/hf_bf16.md.  Group `crosscheck`.
 """

@@ -1,4 +1,4 @@
-"""The recipe `official-inference` on a published FP8 layout.  SPEC RECIPE-10."""
+"""The recipe `official-inference` on a published FP8 layout.  SPEC RECIPE-13."""
 
 import numpy as np
 import pytest

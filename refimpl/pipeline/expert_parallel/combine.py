@@ -1,4 +1,4 @@
-"""Results travel back to the token's own rank, and are summed there.  SPEC EP-9, EP-10.
+"""Results travel back to the token's own rank, and are summed there.  SPEC XPAR-9, XPAR-10.
 
 BY_SLOTS    every expert's output comes back into its slot (T, K, D) and the sum over K is MOE-1's own: it
             depends neither on the ranks nor on the order in which results come in

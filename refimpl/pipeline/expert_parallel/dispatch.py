@@ -1,4 +1,4 @@
-"""Where the tokens of a batch go, and on which path.  SPEC EP-4, EP-5.
+"""Where the tokens of a batch go, and on which path.  SPEC XPAR-4, XPAR-5.
 
 A token goes once to every node that has one of its experts, to the rank there with the same place in its node
 as the token's own rank; from there it is forwarded to each rank of that node that has one of its experts

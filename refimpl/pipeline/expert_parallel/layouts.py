@@ -1,4 +1,4 @@
-"""The rows of a rank as grouped GEMMs read them.  SPEC EP-8.
+"""The rows of a rank as grouped GEMMs read them.  SPEC XPAR-8.
 
 A layout is an array of slots with -1 for padding, so that one pair of functions serves all of them: `filled`
 takes tokens into the layout, `emptied` takes results out into their slots.

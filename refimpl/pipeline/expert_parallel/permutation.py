@@ -1,4 +1,4 @@
-"""The rows that a rank sends, receives and computes, in the order of public kernels.  SPEC EP-6, EP-7.
+"""The rows that a rank sends, receives and computes, in the order of public kernels.  SPEC XPAR-6, XPAR-7.
 
 A row stands for a token at one of its experts and is named by its place in the (T, K) slots, token K + k.
 Every order here is made of the destination, then the source rank, then the token:

@@ -1,4 +1,4 @@
-"""Where experts, ranks and tokens live.  SPEC EP-1 to EP-3.
+"""Where experts, ranks and tokens live.  SPEC XPAR-1 to XPAR-3.
 
 N experts are on R ranks and these on nodes, R / nodes neighbouring ranks on each.  V3 trains with 256 experts
 on 64 ranks of 8 nodes, and its 8 groups of experts are its 8 nodes (report sections 3.2 and 4.2).  An expert

@@ -1,4 +1,4 @@
-"""The routed experts over ranks: each computes only its own on the tokens that it received.  SPEC EP-11.
+"""The routed experts over ranks: each computes only its own on the tokens that it received.  SPEC XPAR-11.
 
 dispatch    the operand's rows go to the ranks, each token once per rank, as codes where it is quantised
 compute     a rank gathers the rows of its experts from what it received; it has no other weights

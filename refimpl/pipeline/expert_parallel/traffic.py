@@ -1,4 +1,4 @@
-"""Bytes over the network between nodes and over the links inside of a node.  SPEC EP-12.
+"""Bytes over the network between nodes and over the links inside of a node.  SPEC XPAR-12.
 
 A row of the dispatch is a token in E4M3 with a float32 scale for each tile of 128 channels; a row of the
 combine is bfloat16 (report section 3.3.3).  Both go the same ways, there and back, so a pass has as many rows

@@ -193,6 +193,7 @@ def _demo(name: str, scale_format: str) -> Recipe:
     return Recipe(
         name,
         (
+            *_OPTIMISER,
             _row("fused.rope.frequency", "fp32", "recorded", f"{_DEMO}: frequencies in float32"),
             _row("fused.rope.angle", "fp32", "recorded", f"{_DEMO}: angles in float32"),
             _row("fused.rope.product", CARRIER, "recorded", f"{_DEMO}: a complex product in float32"),
@@ -242,7 +243,6 @@ def _demo(name: str, scale_format: str) -> Recipe:
                 _row(f"*.{gemm}", CARRIER, "modelled", own, accumulator="exact")
                 for gemm in ("dgrad", "wgrad")
             ),
-            *_OPTIMISER,
             _row("*", "bf16", "recorded", f"{_DEMO}: every operator stores its result in bfloat16"),
         ),
     )

@@ -1,4 +1,4 @@
-"""What a rank holds: live activations and parameters.  SPEC PIPE-26, PIPE-27.
+"""What a rank holds: live activations and parameters.  SPEC PIPE-26, PIPE-27, PIPE-38.
 
 One activation is what a stage saves of one microbatch: it lives from its F until its release.  How many live
 at once depends on the order alone, not on durations.

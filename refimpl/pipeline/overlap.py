@@ -1,4 +1,4 @@
-"""The inside of an overlapped pair: how much of the all-to-all is hidden.  SPEC PIPE-33 to PIPE-36.
+"""The inside of an overlapped pair: how much of the all-to-all is hidden.  SPEC PIPE-33 to PIPE-37.
 
 A chunk of n blocks goes forward while another of n blocks goes backward.  Their parts run on two lanes, each
 in its order, a part as soon as its lane is free and what it needs is there.  For each block, in the order of

@@ -1,4 +1,4 @@
-"""An output of a port against a case of kind `schedule`, in words.  SPEC VERDICT-21.
+"""An output of a port against a case of kind `schedule`, in words.  SPEC VERDICT-23.
 
 Integers have to be equal, in any integer type; -1 behind the last entry of a rank may be there or not.  The
 case is computed again, so that the first difference can be named where its folder has only samples.

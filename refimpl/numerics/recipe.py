@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 from refimpl.errors import Invalid
@@ -149,40 +151,47 @@ class Recipe:
                 raise Invalid(f"recipe {recipe.name} has no rule for site {site}, but every site needs one.")
         return recipe
 
-    def changed(self, site: str, **values: Any) -> Recipe:
+    def changed(self, site: str, /, **values: Any) -> Recipe:
         """The recipe with another value of some fields, at a site or pattern.
 
         A rule of that very pattern is changed in its place; else every site that the pattern fits gets a
-        rule of its own.  Raises Invalid for an unknown site or field.
+        rule of its own.  Raises Invalid for an unknown site or field, and for one that nothing reads there.
         """
         for name in values:
             if name not in CHANGEABLE:
                 raise Invalid(f"{site}.{name}: a rule has no field {name}, but {', '.join(CHANGEABLE)}.")
         made = {"evidence": "modelled", "source": "changed by hand", **values}
-        if any(rule.site == site for rule in self.rules):
-            rules = [replace(rule, **made) if rule.site == site else rule for rule in self.rules]
-            return replace(self, rules=tuple(rules))
         fitting = [name for name in sites.every() if fnmatchcase(name, site)]
         if not fitting:
             raise Invalid(f"site {site} is unknown, but it must be a site or a pattern that fits one.")
+        in_place = any(rule.site == site for rule in self.rules)
+        decided = [name for name in fitting if self.rule(name).site == site] if in_place else fitting
+        for name in values:
+            if not any(sites.reads(own, name) for own in decided):
+                raise Invalid(f"{site}.{name} is changed, but nothing reads {name} there.")
+        if in_place:
+            rules = [replace(rule, **made) if rule.site == site else rule for rule in self.rules]
+            return replace(self, rules=tuple(rules))
         own = [replace(self.rule(name), site=name, **made) for name in fitting]
         return replace(self, rules=(*own, *self.rules))
 
     def set(self, settings: Iterable[str]) -> Recipe:
         """The recipe with SITE.FIELD=VALUE changed, one after another; carrier=VALUE is one too.
 
+        Settings of one site that follow each other are one change: codes need format, tile, scale.
         Raises Invalid.
         """
         recipe = self
-        for setting in settings:
-            where, equals, value = setting.partition("=")
-            site, dot, name = where.rpartition(".")
-            if where == CARRIER and equals:
-                recipe = replace(recipe, carrier=value)
-            elif equals and dot and site:
-                recipe = recipe.changed(site, **{name: value})
-            else:
-                raise Invalid(
-                    f"the setting is {setting!r}, but it must be SITE.FIELD=VALUE or carrier=VALUE."
-                )
+        for site, own in groupby(map(_setting, settings), itemgetter(0)):
+            values = {name: value for _, name, value in own}
+            recipe = recipe.changed(site, **values) if site else replace(recipe, carrier=values[CARRIER])
         return recipe
+
+
+def _setting(text: str) -> tuple[str, str, str]:
+    """(site, field, value); no site for the carrier.  Raises Invalid."""
+    where, equals, value = text.partition("=")
+    site, dot, name = where.rpartition(".")
+    if not equals or (where != CARRIER and not (dot and site)):
+        raise Invalid(f"the setting is {text!r}, but it must be SITE.FIELD=VALUE or carrier=VALUE.")
+    return site, name, value

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -104,3 +105,41 @@ def test_a_change_touches_the_sites_that_fit_and_no_other() -> None:
     for site in sites.every():
         same = changed.rule(site).format == V3.rule(site).format
         assert same != fnmatchcase(site, "*experts.*.dy"), site
+
+
+@pytest.mark.parametrize(
+    ("site", "field", "value"),
+    [
+        ("o_proj.in", "accumulator", "deepgemm"),
+        ("*.in", "of", "source"),
+        ("residual", "of", "source"),
+        ("*.dy", "of", "source"),
+        ("*.fprop", "format", "bf16"),
+        ("lm_head.wgrad", "tile", "1x128"),
+        ("*.dgrad", "keep", "codes"),
+    ],
+)
+def test_a_change_that_nothing_reads_is_refused(site: str, field: str, value: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed(site, **{field: value})
+    one_sentence(caught, f"{site}.{field} is changed")
+
+
+def test_a_field_named_site_is_unknown_as_any_other() -> None:
+    for name in ("site", "self"):
+        with pytest.raises(Invalid) as caught:
+            V3.set([f"residual.{name}=x"])
+        one_sentence(caught, f"residual.{name}", f"no field {name}")
+
+
+@pytest.mark.parametrize("order", list(permutations(("format=e4m3", "tile=1x128", "scale=ieee"))))
+def test_settings_of_one_site_are_one_change_in_any_order(order: tuple[str, ...]) -> None:
+    made = V3.set([f"swiglu.gate.{setting}" for setting in order]).rule("swiglu.gate")
+    assert (made.format, made.tile, made.scale) == ("e4m3", "1x128", "ieee")
+
+
+def test_settings_of_other_sites_keep_their_turn() -> None:
+    given = ["*.dy.tile=128x128", "o_proj.dy.tile=tensor", "carrier=float32", "*.dy.tile=1x128"]
+    made = V3.set(given)
+    assert (made.rule("q_a_proj.dy").tile, made.rule("o_proj.dy").tile) == ("1x128", "tensor")
+    assert made.carrier == "float32"

@@ -159,7 +159,9 @@ def sequence(schedule: Schedule) -> tuple[Step, ...]:
 
 
 def timed(schedule: Schedule, steps: Sequence[Step], durations: Durations) -> Timeline:
-    """The times of a schedule whose `sequence` is there."""
+    """The times of a schedule whose `sequence` is there.  Raises Invalid for scales that do not fit it."""
+    if not isinstance(durations, Durations):
+        raise Invalid(f"the durations are a {type(durations).__name__}, but they have to be Durations.")
     scales, stages = len(durations.scale), schedule.stages
     if scales not in (0, stages):
         raise Invalid(

@@ -125,6 +125,25 @@ def test_a_change_that_nothing_reads_is_refused(site: str, field: str, value: st
     one_sentence(caught, f"{site}.{field} is changed")
 
 
+@pytest.mark.parametrize(
+    "site", ["q_b_proj.weight", "up_proj.dy.wgrad", "o_proj.in.wgrad", "o_proj.in.fprop"]
+)
+@pytest.mark.parametrize("format", ["e5m6", "e5m6fn", "e4m3fnuz"])
+def test_codes_that_no_product_takes_are_refused_before_anything_is_computed(site: str, format: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed(site, format=format)
+    one_sentence(caught, f"{site}.format is '{format}'", "e4m3 or e5m2")
+    kept = site.removesuffix(".wgrad").removesuffix(".fprop")
+    if kept != site:  # such codes may wait for the backward pass
+        assert V3.changed(kept, format=format).rule(kept).format == format
+
+
+def test_a_format_of_scales_is_no_format_of_values() -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed("residual", format="ue8m0")
+    one_sentence(caught, "residual.format is 'ue8m0'")
+
+
 def test_a_field_named_site_is_unknown_as_any_other() -> None:
     for name in ("site", "self"):
         with pytest.raises(Invalid) as caught:

@@ -22,6 +22,7 @@ CARRIER: Final = "carrier"
 TILES: Final = ("", "1x128", "128x1", "128x128", "tensor")
 KEPT: Final = ("plain", "codes", "recomputed")
 CARRIERS: Final = ("exact", "float32")
+FP8: Final = ("e4m3", "e5m2")  # what tensor cores multiply
 ACCUMULATORS: Final = tuple(name for name in gemm.NAMES if not name.startswith("cublas"))
 
 
@@ -30,7 +31,7 @@ class Rule:
     """What happens at the sites that match a pattern."""
 
     site: str  # a site or a pattern over sites
-    format: str  # a name of formats.FORMATS, or "carrier" for no rounding
+    format: str  # a format of numbers in formats.FORMATS, or "carrier" for no rounding
     evidence: str  # "recorded" (seen in code, on hardware or in the report) or "modelled"
     source: str
     tile: str = ""  # values that share a scale, rows x columns; "" for a format without scales
@@ -61,6 +62,10 @@ def _check_place(site: str, rule: Rule) -> None:
             f"{site}.keep is 'recomputed', but it must be plain or codes: no layer computes that value again."
         )
     tiles = sites.tiles(site)
+    if rule.scaled and tiles and rule.format not in FP8 and not site.endswith((".in", ".dy")):
+        raise Invalid(
+            f"{site}.format is {rule.format!r}, but a product reads codes of {' or '.join(FP8)} alone."
+        )
     if rule.scaled and tiles and rule.tile not in tiles:
         raise Invalid(
             f"{site}.tile is {rule.tile!r}, but it must be one of {', '.join(tiles)}: a product's scales "
@@ -68,9 +73,10 @@ def _check_place(site: str, rule: Rule) -> None:
         )
 
 
-SCALED: Final = tuple(name for name, fmt in FORMATS.items() if fmt.bits <= 12 and fmt.kind != "scale")
+_NUMBERS: Final = tuple(name for name, fmt in FORMATS.items() if fmt.kind != "scale")
+SCALED: Final = tuple(name for name in _NUMBERS if FORMATS[name].bits <= 12)
 _ALLOWED: Final[dict[str, tuple[str, ...]]] = {
-    "format": (CARRIER, *FORMATS),
+    "format": (CARRIER, *_NUMBERS),
     "evidence": ("recorded", "modelled"),
     "tile": TILES,
     "scale": ("", *QUANTISERS),

@@ -132,7 +132,7 @@ def test_a_change_that_nothing_reads_is_refused(site: str, field: str, value: st
 def test_codes_that_no_product_takes_are_refused_before_anything_is_computed(site: str, format: str) -> None:
     with pytest.raises(Invalid) as caught:
         V3.changed(site, format=format)
-    one_sentence(caught, f"{site}.format is '{format}'", "e4m3 or e5m2")
+    one_sentence(caught, f"{site}.format is '{format}'", "reads codes of e4m3 or e5m2 alone")
     kept = site.removesuffix(".wgrad").removesuffix(".fprop")
     if kept != site:  # such codes may wait for the backward pass
         assert V3.changed(kept, format=format).rule(kept).format == format

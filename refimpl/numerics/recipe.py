@@ -128,10 +128,11 @@ class Recipe:
 
     @property
     def meaning(self) -> dict[str, str]:
-        """What decides its numbers: the carrier and the rows in their order, without names and sources."""
-        kept = ("site", *CHANGEABLE)
-        text = (" ".join(f"{name}={getattr(rule, name)}" for name in kept) for rule in self.rules)
-        return {"carrier": self.carrier} | {f"row {i}": row for i, row in enumerate(text, 1)}
+        """What decides its numbers: the carrier, the rows' sites in their order, and their fields, without
+        names and sources."""
+        rows = list(enumerate(self.rules, 1))
+        fields = {f"row {i}, {r.site}.{name}": getattr(r, name) for i, r in rows for name in CHANGEABLE}
+        return {"carrier": self.carrier} | {f"row {i}": rule.site for i, rule in rows} | fields
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON's types; `from_dict` reads it back."""

@@ -94,9 +94,10 @@ def test_the_meaning_is_all_but_names_and_sources() -> None:
         V3, name="mine", rules=tuple(replace(r, source="", evidence="modelled") for r in V3.rules)
     )
     assert reworded.meaning == V3.meaning
-    for rule in V3.rules:
+    for i, rule in enumerate(V3.rules, 1):
+        assert V3.meaning[f"row {i}"] == rule.site
         for field in ("format", "tile", "scale", "of", "keep", "accumulator"):
-            assert f"{field}={asdict(rule)[field]}" in V3.meaning[f"row {V3.rules.index(rule) + 1}"]
+            assert V3.meaning[f"row {i}, {rule.site}.{field}"] == asdict(rule)[field]
     assert replace(V3, carrier="float32").meaning != V3.meaning
 
 

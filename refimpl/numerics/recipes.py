@@ -114,7 +114,7 @@ def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recip
                 "*.dy.wgrad",
                 "e4m3",
                 "modelled",
-                "both tilings are made of one BF16 gradient",
+                "both tilings are made of one gradient",
                 of="source",
                 **along,
             ),

@@ -102,6 +102,14 @@ def test_a_linear_has_three_products_with_their_operands(id) -> None:
     assert {f"{name}.{part}" for name in names for part in ("a", "a_scale", "b", "b_scale", "d")} <= listed
 
 
+def test_a_gradient_is_bf16_where_it_is_quantised_unless_swiglu_gave_it() -> None:
+    for id in CASES:
+        for t in built(id).case.outputs:
+            if t.name.endswith(".dy"):
+                fused = t.name.endswith((".gate_proj.dy", ".up_proj.dy"))
+                assert t.dtype == ("F32" if fused else "BF16"), t.name
+
+
 def test_wgrad_reads_tiles_along_the_tokens_of_each_expert() -> None:
     expected = built("recipe/moe-v3-fp8").expected
     idx = next(v for n, v in built("recipe/moe-v3-fp8").given.items() if n.endswith("topk_idx"))

@@ -86,14 +86,17 @@ FUSED: Final = {  # inside of an operation: stored only by systems that compute 
 
 SITES: Final = VALUES | KEPT | PRODUCTS | FUSED
 
-RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
-    "self_attn.in",
+UP: Final = (  # what attention computes again from its latents, all of it if any was not kept
     "q_b_proj.in",
     "kv_b_proj.in",
     "attention.query",
     "attention.key",
     "attention.value",
     "attention.probs",
+)
+RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
+    "self_attn.in",
+    *UP,
     "mlp.in",
     "gate.in",
     "experts.in",

@@ -255,6 +255,13 @@ def test_fp8_is_offered_by_cases_of_a_recipe_alone(golden, capsys, tmp_path) -> 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_diagnosis_that_cannot_be_had_is_said_so(golden, capsys) -> None:
+    answered(golden, SMALL[0], BITS_MUTANTS["L17b"].recipe, recipe_of(SMALL[0]), True)
+    arguments = ["check", str(golden / SMALL[0]), str(golden / "answer.safetensors"), "--diagnose"]
+    assert cli.main(arguments) == 1
+    assert "No diagnosis: " in capsys.readouterr().out
+
+
 def test_the_zoo_bounds_values_and_a_tenth_too_little_is_rejected() -> None:
     for id in SMALL:
         case = built(id).case

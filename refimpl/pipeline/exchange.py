@@ -16,10 +16,9 @@ from typing import Any, Final, NamedTuple
 from refimpl.config.jsonfile import parse_object
 from refimpl.errors import Invalid, Unreadable
 from refimpl.pipeline import torch_csv
-from refimpl.pipeline.schedule import MOST, Action, Entry, Pair, Schedule, numbered
+from refimpl.pipeline.schedule import MOST, RANKS, Action, Entry, Pair, Schedule, numbered
 
 LIMIT: Final = 1 << 26  # bytes of a file
-RANKS: Final = 1 << 12
 ENTRIES: Final = 4 * MOST  # of all ranks
 NAME: Final = 60  # characters
 KEYS: Final = ("schedule", "P", "M", "chunks_per_rank", "num_stages", "placement", "ranks")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from refimpl.errors import Invalid
 
 MOST = 2**20  # forwards in a schedule, ranks * chunks * microbatches: some 300 MB of actions
+RANKS = 2**12  # of a schedule, planned or read
 
 
 class Action(NamedTuple):
@@ -103,6 +104,8 @@ def numbered(entries: Sequence[Sequence[Entry]]) -> tuple[tuple[Entry, ...], ...
 
 def bounded(ranks: int, microbatches: int, chunks: int) -> None:
     """Refuse a schedule that is too large to be meant, before anything is made for it."""
+    if ranks > RANKS:
+        raise Invalid(f"a schedule for {ranks} ranks is asked for, but it may have at most {RANKS}.")
     if ranks * microbatches * chunks > MOST:
         raise Invalid(
             f"{ranks} ranks with {chunks} stage(s) each and {microbatches} microbatches make "

@@ -10,9 +10,10 @@ from recorded_orders import orders, recorded
 from support import one_sentence
 
 from refimpl.errors import Invalid
+from refimpl.pipeline import exchange
 from refimpl.pipeline.check import check
 from refimpl.pipeline.rules import RULES, plan
-from refimpl.pipeline.schedule import MOST, Action, Pair, Schedule
+from refimpl.pipeline.schedule import MOST, RANKS, Action, Pair, Schedule
 
 # How a recording's name begins -> the rule.  What sail's 1F1B and vpp and Megatron's 1F1B did agrees as well.
 REFERENCES = {
@@ -220,11 +221,19 @@ class TestRefusals:
     def test_absurd_sizes_are_refused_before_anything_is_made(self, rule: str, size: tuple[int, int]) -> None:
         with pytest.raises(Invalid) as caught:
             plan(rule, *size)
-        one_sentence(caught, str(MOST))
+        one_sentence(caught, str(MOST if size[0] == 2 else RANKS))
+
+    def test_so_are_more_ranks_than_a_file_may_have(self) -> None:
+        schedule = plan("1f1b", RANKS, 1)
+        assert exchange.from_dict(exchange.to_dict(schedule), "it") == schedule
+        for rule in RULES:
+            with pytest.raises(Invalid) as caught:
+                plan(rule, RANKS + 1, 2 * RANKS + 2)
+            one_sentence(caught, f"{RANKS + 1} ranks", f"at most {RANKS}")
 
     def test_so_is_a_v_that_is_only_large_when_it_is_full(self) -> None:
         with pytest.raises(Invalid) as caught:
-            plan("zbv", 2**19, 1)
+            plan("zbv", 2**11, 1)
         one_sentence(caught, str(MOST))
 
     def test_the_number_of_stages_that_a_rule_has_anyway_may_be_given(self) -> None:

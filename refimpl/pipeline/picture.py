@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ from typing import Any, Final
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.errors import Invalid
 from refimpl.pipeline.gantt import Cell, Chart, chart
+from refimpl.pipeline.scale import NARROW, NARROWEST, Scale, is_dark, mixed, round_step
 from refimpl.pipeline.simulate import Timeline
 from refimpl.training.picture import available
 
@@ -37,38 +37,10 @@ COLOURS: Final = {
 PAIR: Final = "overlapped forward and backward"
 INK, PAPER, GREY, LINE = "#000000", "#ffffff", "#555555", "#cccccc"
 
-LABEL, SMALL, LARGEST, SMALLEST = 7.5, 6.5, 7.0, 3.6  # sizes of type, in points
-NARROW: Final = 0.9  # numbers in cells are condensed, as those of a narrow typeface
-DIGIT, AROUND = 0.64 * NARROW, 1.6  # a digit's width in sizes of type, and what stays free around a number
+LABEL, SMALL = 7.5, 6.5  # sizes of type beside the cells, in points
 ROW, STEP, EDGE = 13.0, 15.0, 8.0
 LEFT, HEAD, BETWEEN, AXIS, LEGEND, SWATCH = 52.0, 18.0, 14.0, 28.0, 14.0, 10.0
-NARROWEST, WIDEST = 470.0, 1440.0  # of the part that shows time
 GROWN, MOST_GROWN = 800.0, 1.6  # what is wider will be shrunk on paper: its labels grow from here on
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How many points a unit of time takes, and the size of type in cells."""
-
-    unit: float
-    type: float
-
-    @classmethod
-    def of(cls, charts: Sequence[Chart]) -> Scale:
-        """As wide as makes the numbers of nine cells out of ten fit, between the narrowest and the widest."""
-        makespan = max(1, *(one.makespan for one in charts))
-        digits = len(str(max((cell.microbatch for one in charts for cell in one.cells), default=0)))
-        widths = sorted(
-            cell.end - cell.start for one in charts for cell in one.cells if cell.end > cell.start
-        )
-        usual = widths[len(widths) // 10] if widths else 1.0
-        wanted = (DIGIT * digits * LARGEST + AROUND) / usual
-        unit = min(max(wanted, NARROWEST / makespan), WIDEST / makespan)
-        return cls(unit, min(LARGEST, max(SMALLEST, (unit * usual - AROUND) / (DIGIT * digits))))
-
-    def fits(self, cell: Cell) -> bool:
-        number = DIGIT * self.type * len(str(cell.microbatch)) + AROUND
-        return (cell.end - cell.start) * self.unit >= number - 1e-9
 
 
 def check(target: str | PathLike[str]) -> None:
@@ -148,16 +120,16 @@ class _Page:
             self.text(self.left - 5, self.row(rank) + ROW / 2, f"Device {rank}", self.small, ha="right")
         colours: dict[str, list[Cell]] = defaultdict(list)
         inks: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-        mixed = {
-            (kind, shade): _mixed(light, dark, shade / max(one.shades - 1, 1))
+        shades = {
+            (kind, shade): mixed(light, dark, shade / max(one.shades - 1, 1))
             for kind, (_, light, dark) in COLOURS.items()
             for shade in range(one.shades)
         }
         for cell in one.cells:
-            colour = mixed[cell.kind, cell.shade]
+            colour = shades[cell.kind, cell.shade]
             colours[colour].append(cell)
             if self.scale.fits(cell):
-                inks[str(cell.microbatch), PAPER if _dark(colour) else INK].append(cell)
+                inks[str(cell.microbatch), PAPER if is_dark(colour) else INK].append(cell)
         for colour, cells in colours.items():
             boxes = [
                 (self.left + c.start * unit, self.row(c.rank), (c.end - c.start) * unit, ROW) for c in cells
@@ -177,7 +149,7 @@ class _Page:
         unit, bottom = self.scale.unit, self.top + 3
         last = round(self.wide / unit)
         apart = max(40 * self.grown, _width(str(last), self.small) + 8)
-        step = _round_step(max(1.0, apart / unit))
+        step = round_step(max(1.0, apart / unit))
         middle = bottom + 8.5 * self.grown
         self.line(self.left, bottom, self.left + self.wide, bottom)
         for time in range(0, last + 1, step):
@@ -192,7 +164,7 @@ class _Page:
         shades = max(one.shades for one in charts)
         present = {cell.kind for one in charts for cell in one.cells}
         entries = [
-            (name, [_mixed(light, dark, shade / max(shades - 1, 1)) for shade in range(shades)], False)
+            (name, [mixed(light, dark, shade / max(shades - 1, 1)) for shade in range(shades)], False)
             for kind, (name, light, dark) in COLOURS.items()
             if kind in present
         ]
@@ -276,27 +248,3 @@ def _width(text: str, size: float) -> float:
     properties = importlib.import_module("matplotlib.font_manager").FontProperties(size=size)
     width, _, _ = textpath.text_to_path.get_text_width_height_descent(text, properties, False)
     return float(width)
-
-
-def _mixed(light: str, dark: str, depth: float) -> str:
-    """The colour at `depth` between two."""
-    mixed: Iterable[int] = (
-        round(int(light[i : i + 2], 16) * (1 - depth) + int(dark[i : i + 2], 16) * depth) for i in (1, 3, 5)
-    )
-    return "#" + "".join(f"{part:02x}" for part in mixed)
-
-
-def _dark(colour: str) -> bool:
-    """Whether white is the better ink on it."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return 299 * red + 587 * green + 114 * blue < 500 * 255
-
-
-def _round_step(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, ... that is no less."""
-    power = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * power >= least:
-                return step * power
-        power *= 10

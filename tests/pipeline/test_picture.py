@@ -16,6 +16,7 @@ from refimpl.errors import Invalid, Unreadable, Unsupported
 from refimpl.pipeline import picture
 from refimpl.pipeline.gantt import chart
 from refimpl.pipeline.rules import RULES, plan
+from refimpl.pipeline.scale import LARGEST, NARROWEST, SMALLEST, Scale
 from refimpl.pipeline.schedule import Action, Pair, Schedule
 from refimpl.pipeline.simulate import Durations, Timeline, simulate
 
@@ -64,8 +65,8 @@ def test_all_numbers_are_there_at_the_usual_sizes(
     name: str, ranks: int, microbatches: int, matplotlib: Any
 ) -> None:
     found = chart(timeline(name, ranks, microbatches))
-    scale = picture.Scale.of([found])
-    assert picture.SMALLEST <= scale.type <= picture.LARGEST
+    scale = Scale.of([found])
+    assert SMALLEST <= scale.type <= LARGEST
     fitting = len([cell for cell in found.cells if scale.fits(cell)])
     crowded = ranks * found.shades == 32 and name != "dualpipe"  # 16 ranks, two chunks: a page is too narrow
     assert fitting == len(found.cells) or crowded
@@ -79,7 +80,7 @@ def test_a_number_is_drawn_in_each_cell_that_it_fits(durations: Durations, matpl
     ]
     drawn = len([use for group in groups for use in group.iter() if use.tag.endswith("}use")])
     charted = chart(found)
-    scale = picture.Scale.of([charted])
+    scale = Scale.of([charted])
     fitting = len([cell for cell in charted.cells if scale.fits(cell)])
     assert drawn == fitting
     assert (fitting == len(charted.cells)) == (durations == UNIT)
@@ -87,7 +88,7 @@ def test_a_number_is_drawn_in_each_cell_that_it_fits(durations: Durations, matpl
 
 def test_a_number_is_left_out_where_it_does_not_fit() -> None:
     found = chart(timeline("1f1b", 2, 40, Durations(1, 400, 400)))
-    scale = picture.Scale.of([found])
+    scale = Scale.of([found])
     fitting = {(cell.kind, scale.fits(cell)) for cell in found.cells}
     assert fitting == {("F", False), ("B", True)}
 
@@ -99,7 +100,7 @@ def test_colours_of_a_pixel_in_each_cell(matplotlib: Any, tmp_path: Path) -> Non
         (Action("F", 1, 0), Action("I", 1, 0), Action("W", 1, 0))))  # fmt: skip
     picture.draw([simulate(schedule, Durations(2, 2, 2))], tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")
-    unit, dot = picture.NARROWEST / 10, picture.DPI / 72
+    unit, dot = NARROWEST / 10, picture.DPI / 72
 
     def colour(rank: int, time: float) -> str:
         x = (picture.EDGE + picture.LEFT + time * unit) * dot
@@ -118,7 +119,7 @@ def test_a_pair_is_two_halves_in_a_black_frame(matplotlib: Any, tmp_path: Path) 
     schedule = Schedule("x", 2, 1, ((0,),), ((f[0], Pair(f[1], b[0]), b[1]),))
     picture.draw([simulate(schedule, Durations(2, 1, 1, FB=6))], tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")
-    unit, dot = picture.NARROWEST / 10, picture.DPI / 72
+    unit, dot = NARROWEST / 10, picture.DPI / 72
     row = pixels[int((picture.EDGE + picture.HEAD + 3) * dot), :, :3]
 
     def near(time: float) -> float:

@@ -68,6 +68,15 @@ def test_dualpipe_alone_has_every_stage_twice() -> None:
         assert set(memory.copies(plan(name, 4, 8))) == {2 if name == "dualpipe" else 1}
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_rank_holds_as_many_stages_as_the_clauses_say(name: str) -> None:
+    """PIPE-27, PIPE-38: and it holds 1/P of the model, but 2/P in DualPipe."""
+    schedule = plan(name, 4, 8, 3 if name == "interleaved" else None)
+    stages = {"interleaved": 3, "zbv": 2, "dualpipe": 2, "dualpipev": 2}.get(name, 1)
+    assert memory.parameters(schedule) == (stages,) * 4
+    assert stages * 4 == schedule.stages * (2 if name == "dualpipe" else 1)
+
+
 def test_a_release_has_to_be_known() -> None:
     with pytest.raises(Invalid) as caught:
         memory.peak(ONE, "B")

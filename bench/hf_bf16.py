@@ -488,7 +488,7 @@ def mixtures(r: Recorded) -> Iterator[Step]:
             yield Step(
                 "d.experts.in, given slots",
                 rows(ends[0].grad),
-                experts._added(c, "d.experts.sum", inner, places),
+                experts.added(c.ar, "d.experts.sum", inner, places),
             )
             whole_x = leaf(x)
             whole_y = module(whole_x)

@@ -1,5 +1,5 @@
 """A model's loss, and the gradients that each rank of a pipeline makes of its own stages and microbatches.
-SPEC CASE-19, PIPE-51 to PIPE-59."""
+SPEC CASE-20, PIPE-51 to PIPE-59."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.checkpoint.weights import DictWeights
-from refimpl.layers import linear, loss, mla, mlp, moe
+from refimpl.layers import linear, loss, mlp, moe
 from refimpl.layers.batch import allowed
 from refimpl.layers.context import tensors
 from refimpl.model import Model
@@ -101,7 +101,7 @@ def _mla(s: Setting) -> Outputs:
     c, x = s.context, s.array("x")
     x = x.reshape(-1, x.shape[-1])
     y, saved = c.ops.mla.forward(c, x, s.batch)
-    again = s.ar.recomputes("self_attn.in", *mla.UP_SITES)
+    again = s.ar.recomputes("self_attn.in", *sites.UP)
     whole = c.ops.mla.again(c, saved, x, s.batch) if again else saved
     return finish(s, y, saved, lambda dy, grads: c.ops.mla.backward(c, dy, whole, s.batch, grads))
 

@@ -87,8 +87,23 @@ def test_what_cannot_be_tried_is_one_sentence_and_status_2(golden, output, argum
     assert shown.err.count("\n") == 1
 
 
+ENDLESS = "0" * 20 + "9" * 5000  # Python makes no number of so many digits
+
+
 @pytest.mark.parametrize(
-    "arguments", [(), ("golden",), ("check",), ("golden", "generate", "--jobs", "0"), ("nonsense",)]
+    "arguments",
+    [
+        (),
+        ("golden",),
+        ("check",),
+        ("golden", "generate", "--jobs", "0"),
+        ("golden", "generate", "--jobs", ENDLESS),
+        ("train", "text", "--steps", ENDLESS),
+        ("train", "text", "--seed", ENDLESS),
+        ("account", "--tokens", "1", ENDLESS),
+        ("nonsense",),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
 )
 def test_bad_arguments_are_status_2(arguments, capsys):
     status, shown = _run(capsys, *arguments)

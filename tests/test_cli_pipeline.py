@@ -48,6 +48,11 @@ def test_times_and_latency_are_those_given(run: Run) -> None:
     assert "does not apply" in out
 
 
+def test_times_may_be_nanoseconds(run: Run) -> None:
+    status, out, _ = run("1f1b", *SIZE, "--times", "12500000,14000000,11000000", "--latency", "1000000000000")
+    assert (status, "B 25000000, latency 1000000000000: makespan" in out) == (0, True)
+
+
 def test_chunks_and_group_go_to_the_schedule(run: Run) -> None:
     run("interleaved", *SIZE, "--chunks", "3", "--group", "5", "--json", "a.json")
     assert exchange.read("a.json").schedule == plan("interleaved", 4, 10, 3, 5)
@@ -105,6 +110,8 @@ BAD = [
     (("1f1b", "--ranks", "2", "--microbatches", "1.5"), ("--microbatches", "'1.5'")),
     (("1f1b", "--ranks", "1048576", "--microbatches", "1048576"), ("at most",)),
     (("1f1b", "--ranks", "9" * 30, "--microbatches", "1"), ("--ranks",)),
+    (("1f1b", "--ranks", "1" + "0" * 5000, "--microbatches", "1"), ("--ranks", "'1000")),
+    (("1f1b", "--ranks", "0" * 20 + "9" * 5000, "--microbatches", "1"), ("--ranks", "'0000")),
     (("1f1b", *SIZE, "--chunks", "2"), ("1f1b", "chunks", "2")),
     (("1f1b", *SIZE, "--group", "5"), ("1f1b", "group", "5")),
     (("interleaved", *SIZE, "--group", "3"), ("group", "3")),
@@ -118,6 +125,8 @@ BAD = [
     (("1f1b", *SIZE, "--times", "1.5,1,1"), ("--times", "whole number")),
     (("1f1b", *SIZE, "--times", "F,I,W"), ("--times", "'F,I,W'")),
     (("1f1b", *SIZE, "--latency", "-3"), ("--latency", "'-3'")),
+    (("1f1b", *SIZE, "--latency", "0" * 20 + "5" * 5000), ("--latency", "'0000")),
+    (("1f1b", *SIZE, "--times", "1,1,1000000000001"), ("--times", "each part", "to 1000000000000")),
     (("1f1b", *SIZE, "--plot", "a.gif"), ("a.gif", ".svg or .png")),
     (("1f1b", *SIZE, "--csv", "-", "--json", "-"), ("- is given", "each must have its own")),
     (("1f1b", *SIZE, "--csv", "a", "--json", "a"), ("a is given", "each must have its own")),

@@ -67,7 +67,7 @@ def test_when_every_case_is_not_for_the_port_nothing_was_tried(cases, capsys):
         ("--port", "no-such-command"),
         ("--port", "no_such_module"),
         ("--port", PORT, "--suite", "gate"),
-        ("--port", PORT, "--as", "fp8"),
+        ("--port", PORT, "--as", "fp128"),
         ("--port", PORT, "--config", "nowhere.toml"),
         ("--port", PORT, "--json", "nowhere/at/all.json"),
         ("--port", PORT, "--json", "-", "--html", "-"),

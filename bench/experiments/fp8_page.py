@@ -70,9 +70,9 @@ def against_report(values: Sequence[float]) -> str:
     return "beyond 0.25%" if abs(mean) - half > REPORT else "not resolved: the interval holds 0.25%"
 
 
-def resolved(values: Sequence[float]) -> str:
+def resolved(values: Sequence[float], digits: str = "+.3f") -> str:
     mean, half = interval(values)
-    return shown(values) + ("" if abs(mean) > half else ", not resolved at this size")
+    return shown(values, digits) + ("" if abs(mean) > half else ", not resolved at this size")
 
 
 def page(tasks: Sequence[Task], found: Found, seeds: int, steps: int) -> str:
@@ -150,10 +150,12 @@ def _ablations(found: Found, seeds: int) -> list[str]:
 
 
 def _replays(found: Found, seeds: int) -> list[str]:
-    def cell(name: str, forced: bool, measure: Callable[[Any, Any], float], digits: str) -> str:
+    def cell(
+        name: str, forced: bool, measure: Callable[[Any, Any], float], digits: str, show: Any = shown
+    ) -> str:
         base = [found[Task("replay", FP8, s).key] for s in range(seeds)]
         own = [found[Task("replay", name, s, forced).key] for s in range(seeds)]
-        return shown([measure(a, b) for a, b in zip(own, base, strict=True)], digits)
+        return str(show([measure(a, b) for a, b in zip(own, base, strict=True)], digits))
 
     def largest(a: Any, b: Any) -> float:
         return 100.0 * float(np.abs(np.array(a["loss"]) / np.array(b["loss"]) - 1.0).max())
@@ -165,7 +167,7 @@ def _replays(found: Found, seeds: int) -> list[str]:
         [
             name,
             ROUTINGS[forced],
-            cell(name, forced, mean, "+.4f"),
+            cell(name, forced, mean, "+.4f", resolved),
             cell(name, forced, largest, ".4f"),
             cell(name, forced, lambda a, _: 100.0 * a["distance"], ".3g"),
             "-" if forced else cell(name, forced, lambda a, _: 100.0 * a["flipped"], ".3g"),
@@ -185,7 +187,8 @@ def _replays(found: Found, seeds: int) -> list[str]:
         "## Ten steps replayed",
         f"The {REPLAYED} steps after the end of the training in v3-fp8, from its state, with another "
         "accumulation than promote_fp32; and in bf16, to compare. The distance of the weights is in percent "
-        "of the way that they go in these steps with promote_fp32. Sums have at most 512 terms here; the "
+        "of the way that they go in these steps with promote_fp32. No promotion: the tensor core's register "
+        "runs on through all of a sum. Sums have at most 512 terms here; the "
         "report speaks of 4096.",
         _table(head, rows),
     ]
@@ -202,6 +205,10 @@ def _passes(found: Found, seeds: int) -> list[str]:
             ) -> str:
                 return shown([scale * one[key][measure] for one in results], digits)
 
+            beside = [
+                100.0 * (one[f"{name}, {routing}"]["gradients"] - one[f"{FP8}, {routing}"]["gradients"])
+                for one in results
+            ]
             rows.append(
                 [
                     name,
@@ -209,6 +216,7 @@ def _passes(found: Found, seeds: int) -> list[str]:
                     cell("loss", "+.4f"),
                     cell("logits"),
                     cell("gradients"),
+                    "-" if name == FP8 else resolved(beside),
                     "-" if name == FP8 else cell("from v3-fp8"),
                     "-" if routing == "forced" else cell("flipped"),
                 ]
@@ -219,6 +227,7 @@ def _passes(found: Found, seeds: int) -> list[str]:
         "loss",
         "logits",
         "gradients",
+        "more than v3-fp8's",
         "gradients from v3-fp8's",
         "tokens routed otherwise",
     ]
@@ -226,8 +235,9 @@ def _passes(found: Found, seeds: int) -> list[str]:
         "## One pass",
         "Forward and backward on one batch of held-out text, with the weights that the training in v3-fp8 "
         "reached, rounded to bf16, against float32 with the same weights; in percent. Loss: relative "
-        "difference. Logits and gradients (of all weights, as one vector): relative Frobenius error; the "
-        "column after it measures from the gradients of v3-fp8 with the same routing. Tokens routed "
+        "difference. Logits and gradients (of all weights, as one vector): relative Frobenius error, and by "
+        "how much it is above that of v3-fp8 with the same routing, paired by seed; the column after it "
+        "measures from the gradients of v3-fp8. Tokens routed "
         "otherwise: to another set of experts than in float32, of all tokens and layers. Forced: with the "
         "experts of float32.",
         _table(head, rows),
@@ -252,10 +262,10 @@ def picture(found: Found, seeds: int, path: Path) -> None:
         middle, half = np.array([interval(column) for column in lines.T]).T
         course.plot(at, middle, color=f"C{number}", label=f"{name}, {ROUTINGS[forced]}")
         course.fill_between(at, middle - half, middle + half, color=f"C{number}", alpha=0.15, linewidth=0)
-    course.axhspan(-REPORT, REPORT, color="#ddd", zorder=0, label="the report's 0.25%")
+    course.axhspan(-REPORT, REPORT, facecolor="#eee", edgecolor="#888", zorder=0, label="the report's 0.25%")
     course.set_xlabel("step")
     course.set_ylabel("smoothed validation loss from bf16, %")
-    course.legend(frameon=False, fontsize=7)
+    course.legend(framealpha=1, edgecolor="none", fontsize=7)
 
     names = TRAINED[1:]
     _points(ends, names, lambda name, forced: costs(found, name, forced, seeds))

@@ -18,6 +18,7 @@ from refimpl.accounting.sizes import PLAIN, Sizes, stores
 from refimpl.config.choices import Choices
 from refimpl.config.model import ModelConfig
 from refimpl.errors import Unsupported
+from refimpl.numerics import sites
 from refimpl.numerics.recipe import Recipe
 
 LOSS = "loss"
@@ -72,9 +73,6 @@ def added(*parts: Bytes) -> dict[str, int]:
         for site, count in part.items():
             found[site] = found.get(site, 0) + count
     return found
-
-
-UP = ("q_b_proj.in", "kv_b_proj.in", "attention.query", "attention.key", "attention.value", "attention.probs")
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class _Made:
         if s.rule("attention.probs").of == "source":
             kept["attention.softmax"] = rows * self.load.length * PLAIN
         again = self._again("self_attn.in", c.hidden_size)
-        if s.recomputes(*UP):  # all of it is computed, and what was not kept is taken
+        if s.recomputes(*sites.UP):  # all of it is computed, and what was not kept is taken
             kept["rope.in"] = s.keep("rope.in", tokens, c.qk_rope_head_dim)
             again = added(
                 again,

@@ -1,4 +1,4 @@
-"""Cases of kind `bits`: rows of a table, and what is built of them.  SPEC CASE-12.
+"""Cases of kind `bits`: rows of a table, and what is built of them.  SPEC CASE-12, CASE-18, CASE-19.
 
 Inputs and outputs are codes: unsigned integers of the width of their type in the file, or integers.  Nothing
 is rounded to judge them: the bits are the answer, but for the payload of a NaN where the case allows any.
@@ -22,6 +22,7 @@ from refimpl.numerics import generator
 from refimpl.numerics.arithmetic import Array
 
 _TEXT: Final = "The bits are demanded."
+_SCHEDULE_TEXT: Final = "All integers are demanded, in any integer type."
 _KEPT: Final = {"bits": KEPT_BITS, "schedule": KEPT_SCHEDULE}  # elements up to which an output is kept whole
 _NAN_TEXT: Final = "The bits are demanded; where ours is a NaN, any NaN is as good."
 
@@ -142,6 +143,7 @@ def made(d: Bits) -> tuple[Case, dict[str, Array], dict[str, Array]]:
     expected = {name: exact.stored(out.array, out.dtype, d.any_nan) for name, out in outputs.items()}
     judged = [_output(d, name, out, expected[name]) for name, out in outputs.items()]
     allows = any(t.any_nan is not None for t in judged)
+    text = _SCHEDULE_TEXT if d.kind == "schedule" else _NAN_TEXT if allows else _TEXT
     case = Case(
         id=d.id,
         kind=d.kind,
@@ -157,7 +159,7 @@ def made(d: Bits) -> tuple[Case, dict[str, Array], dict[str, Array]]:
         tensors=(*tensors, *judged),
         certificate={"rejects": {}, "not_applicable": {}},
         arguments=d.arguments,
-        tolerance={"derivation": "bits", "text": _NAN_TEXT if allows else _TEXT},
+        tolerance={"derivation": "bits", "text": text},
         fingerprint=table,
     )
     return _certified(case, expected), given, expected

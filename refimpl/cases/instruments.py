@@ -1,4 +1,6 @@
-"""What a case of kind `bits` computes: number formats, block scales, tensor cores.  SPEC CASE-12.
+"""What a case that is compared exactly computes: number formats, block scales, tensor cores, schedules.
+
+SPEC CASE-12, CASE-18, CASE-19.
 
 A component takes inputs by name and the case's arguments, and returns its outputs by name.
 

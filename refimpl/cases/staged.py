@@ -93,7 +93,8 @@ def recipe_of(arguments: Mapping[str, Any]) -> Recipe:
 
 
 def is_staged(case: Case) -> bool:
-    return "recipe" in case.arguments
+    """Whether a case runs a component in a recipe; those of quantisation name a row of a table so."""
+    return isinstance(case.arguments.get("recipe"), Mapping)
 
 
 def computed(case: Case, setting: Setting, theirs: Mapping[str, Array] | None = None) -> list[Met]:

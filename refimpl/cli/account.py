@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from refimpl.accounting import memory
 from refimpl.accounting.load import Load
-from refimpl.cli.common import HOLDS, Commands, write_json
+from refimpl.cli.common import HOLDS, Commands, count, write_json
 from refimpl.config.jsonfile import read_object
 from refimpl.config.model import ModelConfig
 from refimpl.config.presets import PRESETS, preset
@@ -24,7 +24,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--tokens",
         nargs=2,
-        type=_count,
+        type=count,
         default=(1, 4096),
         metavar=("B", "S"),
         help="sequences and their length; default: 1 4096",
@@ -88,9 +88,3 @@ def _read(name: str) -> ModelConfig:
     if not path.exists():
         raise Invalid(f"model {name[:80]!r} is neither a file nor one of {', '.join(PRESETS)}.")
     return ModelConfig.from_dict(read_object(path))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:20]) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 on")
-    return int(text)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from refimpl.cases.claims import BITS
 from refimpl.checkpoint.atomic import write_bytes
 from refimpl.cli.common import FAILS, HOLDS, Commands
 from refimpl.validate import diagnosing, diagnosis_report, report
@@ -23,7 +24,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--as",
         dest="claim",
         metavar="PRECISION",
-        help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered; not for cases of bits",
+        help="fp32, tf32, fp16, bf16 or u=2^-11; default: the strictest offered; fp8 for cases of a recipe",
     )
     parser.add_argument("--json", metavar="FILE", help="write the verdict as JSON; - is standard output")
     parser.add_argument(
@@ -53,4 +54,6 @@ def _check(given: argparse.Namespace) -> int:
         print(stages.text)
     if found is not None:
         print(f"\n{diagnosis_report.text(found)}")
+    elif given.diagnose and verdict.claim == BITS and not verdict.holds:
+        print("\nNo diagnosis: known mistakes are compared where numbers are, and this case compares bits.")
     return HOLDS if verdict.holds else FAILS

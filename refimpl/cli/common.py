@@ -41,11 +41,23 @@ def seconds(text: str) -> float:
     return value
 
 
+def natural(text: str) -> int | None:
+    """The number from 0 on that a text of at most 20 decimal digits is; None for any other text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
+
+
+def count(text: str) -> int:
+    value = natural(text)
+    if value is None or not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 on")
+    return value
+
+
 def jobs(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if not 1 <= count <= 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes from 1 on")
-    return count
+    value = natural(text)
+    if value is None or not 1 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of processes from 1 on")
+    return value
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from refimpl.checkpoint.atomic import write_bytes
-from refimpl.cli.common import FAILS, HOLDS, Commands
+from refimpl.cli.common import FAILS, HOLDS, Commands, natural
 from refimpl.errors import Invalid
 from refimpl.pipeline import exchange, picture, summary, torch_csv, trace
 from refimpl.pipeline.check import check
@@ -21,7 +21,8 @@ from refimpl.pipeline.simulate import Durations, Timeline, simulate
 from refimpl.pipeline.waits import receives_ahead
 
 FORM: Final = "F,I,W[,B[,FB]]"
-LARGEST: Final = 1 << 20  # of any number that is given
+LARGEST: Final = 1 << 20  # of any number that is given, but for times
+LONGEST: Final = 10**12  # of times: a quarter of an hour in nanoseconds
 FINDINGS: Final = 20  # so many are printed
 CHUNKED: Final = "interleaved"
 
@@ -153,8 +154,6 @@ def _outputs_possible(given: argparse.Namespace) -> None:
 
 def _planned(name: str, given: argparse.Namespace) -> Schedule:
     """Raises Invalid."""
-    if name not in RULES:
-        raise Invalid(f"{name[:40]!r} is no schedule, but it must be one of {', '.join(RULES)}.")
     ranks, microbatches = _number("--ranks", given.ranks, 1), _number("--microbatches", given.microbatches, 1)
     chunks = None if given.chunks is None else _number("--chunks", given.chunks, 1)
     group = None if given.group is None else _number("--group", given.group, 1)
@@ -168,16 +167,20 @@ def _durations(given: argparse.Namespace) -> Durations:
     parts = given.times.split(",")
     if not 3 <= len(parts) <= 5:
         raise Invalid(f"--times is {given.times[:60]!r}, but it must be {FORM}, three to five whole numbers.")
-    forward, to_input, to_weights, *rest = (_number("--times", part, 0, given.times) for part in parts)
+    forward, to_input, to_weights, *rest = (
+        _number("--times", part, 0, LONGEST, given.times) for part in parts
+    )
     backward, pair = [*rest, None, None][:2]
-    latency = _number("--latency", given.latency, 0)
+    latency = _number("--latency", given.latency, 0, LONGEST)
     return Durations(forward, to_input, to_weights, backward, pair, latency)
 
 
-def _number(option: str, text: str, least: int, whole: str | None = None) -> int:
-    """Raises Invalid."""
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= LARGEST:
-        shown = (whole or text)[:60]
-        each = "each of it" if whole else "it"
-        raise Invalid(f"{option} is {shown!r}, but {each} must be a whole number from {least} to {LARGEST}.")
-    return int(text)
+def _number(option: str, text: str, least: int, most: int = LARGEST, whole: str | None = None) -> int:
+    """The number that a text is; `whole` is all that the option was given.  Raises Invalid."""
+    value = natural(text)
+    if value is None or not least <= value <= most:
+        shown, what = (text, "it") if whole is None else (whole, "each part")
+        raise Invalid(
+            f"{option} is {shown[:60]!r}, but {what} must be a whole number from {least} to {most}."
+        )
+    return value

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from refimpl.cli.common import Commands
+from refimpl.cli.common import Commands, count, natural
 from refimpl.config.choices import PROFILES, Choices
 from refimpl.config.jsonfile import read_object
 from refimpl.config.model import ModelConfig
@@ -35,14 +35,14 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("train", help="train a small DeepSeek-V3 on a text file")
     parser.add_argument("text", metavar="TEXT", type=Path, help="any file; every byte is a token")
     parser.add_argument("--out", type=Path, default=Path(OUT), metavar="DIR", help=f"default: {OUT}")
-    parser.add_argument("--steps", type=_count, default=200, metavar="N", help="in all; default: 200")
-    parser.add_argument("--every", type=_count, default=50, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--steps", type=count, default=200, metavar="N", help="in all; default: 200")
+    parser.add_argument("--every", type=count, default=50, metavar="N", help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="of weights and batches; default: 0"
     )
-    parser.add_argument("--batch", type=_count, metavar="N", help="sequences of a step; default: 8")
-    parser.add_argument("--microbatches", type=_count, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--batch", type=count, metavar="N", help="sequences of a step; default: 8")
+    parser.add_argument("--microbatches", type=count, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--precision",
         default="float32",
@@ -153,13 +153,8 @@ def _assigned(text: str) -> Sequence[Any]:
         return name, value
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:20]) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 on")
-    return int(text)
-
-
 def _seed(text: str) -> int:
-    if not text.isdecimal() or len(text) > 20:
+    value = natural(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 0 on")
-    return int(text)
+    return value

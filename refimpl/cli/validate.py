@@ -34,8 +34,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--as",
         dest="claim",
         metavar="PRECISION",
-        help="fp32, tf32, fp16, bf16 or u=2^-11, for all cases of numbers; default: what port.toml says, "
-        "else the strictest that each case offers",
+        help="fp32, tf32, fp16, bf16 or u=2^-11, for cases of numbers, or fp8, for those of recipes; "
+        "default: what port.toml says, else the strictest that each case offers",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="default: port.toml beside the port")
     parser.add_argument("--jobs", type=jobs, metavar="N", help="cases at once; default: cores, at most 4")

@@ -10,6 +10,7 @@ from typing import Any
 from refimpl.layers import mla, mlp, moe, norm
 from refimpl.layers.batch import Batch
 from refimpl.layers.context import Context, child, tensor
+from refimpl.numerics import sites
 from refimpl.numerics.arithmetic import Array
 from refimpl.numerics.gradients import Gradients
 
@@ -63,7 +64,7 @@ def _mlp_again(c: Context, saved: Saved, dense: bool) -> Any:
 
 def _attention_again(c: Context, saved: Saved, batch: Batch) -> Any:
     """What attention saved, with what it did not keep, the first norm's output among it, computed again."""
-    if not c.ar.recomputes("self_attn.in", *mla.UP_SITES):
+    if not c.ar.recomputes("self_attn.in", *sites.UP):
         return saved.self_attn
     x = None
     if c.ar.recomputes("self_attn.in"):

@@ -12,6 +12,7 @@ import numpy as np
 from refimpl.layers import attention, linear, norm
 from refimpl.layers.batch import Batch
 from refimpl.layers.context import Context, child, tensor
+from refimpl.numerics import sites
 from refimpl.numerics.arithmetic import Array, Kept, Operand
 from refimpl.numerics.gradients import Gradients
 
@@ -57,16 +58,6 @@ class Up:
         return query_saved(first, self.q_a_layernorm, self.q_b_proj)
 
 
-UP_SITES = (
-    "q_b_proj.in",
-    "kv_b_proj.in",
-    "attention.query",
-    "attention.key",
-    "attention.value",
-    "attention.probs",
-)
-
-
 def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
     """x (T, D), already normalised  ->  (T, D)."""
     ar, ops, cfg = c.ar, c.ops, c.config
@@ -91,7 +82,7 @@ def forward(c: Context, x: Array, batch: Batch) -> tuple[Array, Saved]:
         c.probe(flat),
         o_saved,
         c.probe(y),
-        ar.keep("rope.in", k_pe) if ar.recomputes(*UP_SITES) else None,
+        ar.keep("rope.in", k_pe) if ar.recomputes(*sites.UP) else None,
     )
     return y, saved
 
@@ -128,7 +119,7 @@ def again(c: Context, saved: Saved, x: Array | None, batch: Batch) -> Saved:
         kv_a_proj = linear.again(kv_a_proj, hidden)
         query = _first_again(query, hidden)
     saved = replace(saved, query=query, kv_a_proj=kv_a_proj)
-    if not ar.recomputes(*UP_SITES):
+    if not ar.recomputes(*sites.UP):
         return saved
     assert saved.rope_in is not None
     latent, k_pe = saved.kv_a_layernorm.x.value(), saved.rope_in.value()

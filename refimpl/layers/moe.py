@@ -1,8 +1,8 @@
 """The mixture of experts: gate, routed experts, shared experts.  SPEC MOE-5; report equation 12.
 
 y = experts(x) + shared(x).  The shared experts are one ungated MLP of n_shared_experts times the width.
-Routed and shared experts read the same operand.  A balance loss reads the gate's scores, and its gradient
-joins theirs.
+Gate, routed and shared experts read the same values, each as an operand of its own: a recipe may store them
+otherwise.  A balance loss reads the gate's scores, and its gradient joins theirs.
 """
 
 from dataclasses import dataclass, replace

@@ -23,10 +23,10 @@ GEMM-4.  The result is float32, or BF16 by rounding it to nearest even.
 
 cublas is the library's product of tiles 1x128 by blocks 128x128; its product of tiles by tiles, which Wgrad
 uses, adds as triton_wgmma does.  deepgemm, triton_wgmma, triton_mma, cublas with one and two parts and
-cublas_tensor with scales of 1 were compared with the hardware.  Which of the Triton kernels runs, the autotuner
-decides by timing; how many parts cuBLAS makes, its heuristic.  promote_fp32 and exact are what the others are
-approximations of; the former has
-a faster form (promoted.py), of which the row in the table is the plain twin.
+cublas_tensor with scales of 1 were compared with the hardware.  Which of the Triton kernels runs, the
+autotuner decides by timing; how many parts cuBLAS makes, its heuristic.  promote_fp32 and exact are what the
+others are approximations of; the former has a faster form (promoted.py), of which the row in the table is the
+plain twin.
 """
 
 from __future__ import annotations

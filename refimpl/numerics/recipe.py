@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 from refimpl.errors import Invalid
@@ -20,6 +22,7 @@ CARRIER: Final = "carrier"
 TILES: Final = ("", "1x128", "128x1", "128x128", "tensor")
 KEPT: Final = ("plain", "codes", "recomputed")
 CARRIERS: Final = ("exact", "float32")
+FP8: Final = ("e4m3", "e5m2")  # what tensor cores multiply
 ACCUMULATORS: Final = tuple(name for name in gemm.NAMES if not name.startswith("cublas"))
 
 
@@ -28,7 +31,7 @@ class Rule:
     """What happens at the sites that match a pattern."""
 
     site: str  # a site or a pattern over sites
-    format: str  # a name of formats.FORMATS, or "carrier" for no rounding
+    format: str  # a format of numbers in formats.FORMATS, or "carrier" for no rounding
     evidence: str  # "recorded" (seen in code, on hardware or in the report) or "modelled"
     source: str
     tile: str = ""  # values that share a scale, rows x columns; "" for a format without scales
@@ -59,6 +62,10 @@ def _check_place(site: str, rule: Rule) -> None:
             f"{site}.keep is 'recomputed', but it must be plain or codes: no layer computes that value again."
         )
     tiles = sites.tiles(site)
+    if rule.scaled and tiles and rule.format not in FP8 and not site.endswith((".in", ".dy")):
+        raise Invalid(
+            f"{site}.format is {rule.format!r}, but a product reads codes of {' or '.join(FP8)} alone."
+        )
     if rule.scaled and tiles and rule.tile not in tiles:
         raise Invalid(
             f"{site}.tile is {rule.tile!r}, but it must be one of {', '.join(tiles)}: a product's scales "
@@ -66,9 +73,10 @@ def _check_place(site: str, rule: Rule) -> None:
         )
 
 
-SCALED: Final = tuple(name for name, fmt in FORMATS.items() if fmt.bits <= 12 and fmt.kind != "scale")
+_NUMBERS: Final = tuple(name for name, fmt in FORMATS.items() if fmt.kind != "scale")
+SCALED: Final = tuple(name for name in _NUMBERS if FORMATS[name].bits <= 12)
 _ALLOWED: Final[dict[str, tuple[str, ...]]] = {
-    "format": (CARRIER, *FORMATS),
+    "format": (CARRIER, *_NUMBERS),
     "evidence": ("recorded", "modelled"),
     "tile": TILES,
     "scale": ("", *QUANTISERS),
@@ -120,10 +128,11 @@ class Recipe:
 
     @property
     def meaning(self) -> dict[str, str]:
-        """What decides its numbers: the carrier and the rows in their order, without names and sources."""
-        kept = ("site", *CHANGEABLE)
-        text = (" ".join(f"{name}={getattr(rule, name)}" for name in kept) for rule in self.rules)
-        return {"carrier": self.carrier} | {f"row {i}": row for i, row in enumerate(text, 1)}
+        """What decides its numbers: the carrier, the rows' sites in their order, and their fields, without
+        names and sources."""
+        rows = list(enumerate(self.rules, 1))
+        fields = {f"row {i}, {r.site}.{name}": getattr(r, name) for i, r in rows for name in CHANGEABLE}
+        return {"carrier": self.carrier} | {f"row {i}": rule.site for i, rule in rows} | fields
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON's types; `from_dict` reads it back."""
@@ -149,40 +158,47 @@ class Recipe:
                 raise Invalid(f"recipe {recipe.name} has no rule for site {site}, but every site needs one.")
         return recipe
 
-    def changed(self, site: str, **values: Any) -> Recipe:
+    def changed(self, site: str, /, **values: Any) -> Recipe:
         """The recipe with another value of some fields, at a site or pattern.
 
         A rule of that very pattern is changed in its place; else every site that the pattern fits gets a
-        rule of its own.  Raises Invalid for an unknown site or field.
+        rule of its own.  Raises Invalid for an unknown site or field, and for one that nothing reads there.
         """
         for name in values:
             if name not in CHANGEABLE:
                 raise Invalid(f"{site}.{name}: a rule has no field {name}, but {', '.join(CHANGEABLE)}.")
         made = {"evidence": "modelled", "source": "changed by hand", **values}
-        if any(rule.site == site for rule in self.rules):
-            rules = [replace(rule, **made) if rule.site == site else rule for rule in self.rules]
-            return replace(self, rules=tuple(rules))
         fitting = [name for name in sites.every() if fnmatchcase(name, site)]
         if not fitting:
             raise Invalid(f"site {site} is unknown, but it must be a site or a pattern that fits one.")
+        in_place = any(rule.site == site for rule in self.rules)
+        decided = [name for name in fitting if self.rule(name).site == site] if in_place else fitting
+        for name in values:
+            if not any(sites.reads(own, name) for own in decided):
+                raise Invalid(f"{site}.{name} is changed, but nothing reads {name} there.")
+        if in_place:
+            rules = [replace(rule, **made) if rule.site == site else rule for rule in self.rules]
+            return replace(self, rules=tuple(rules))
         own = [replace(self.rule(name), site=name, **made) for name in fitting]
         return replace(self, rules=(*own, *self.rules))
 
     def set(self, settings: Iterable[str]) -> Recipe:
         """The recipe with SITE.FIELD=VALUE changed, one after another; carrier=VALUE is one too.
 
+        Settings of one site that follow each other are one change: codes need format, tile, scale.
         Raises Invalid.
         """
         recipe = self
-        for setting in settings:
-            where, equals, value = setting.partition("=")
-            site, dot, name = where.rpartition(".")
-            if where == CARRIER and equals:
-                recipe = replace(recipe, carrier=value)
-            elif equals and dot and site:
-                recipe = recipe.changed(site, **{name: value})
-            else:
-                raise Invalid(
-                    f"the setting is {setting!r}, but it must be SITE.FIELD=VALUE or carrier=VALUE."
-                )
+        for site, own in groupby(map(_setting, settings), itemgetter(0)):
+            values = {name: value for _, name, value in own}
+            recipe = recipe.changed(site, **values) if site else replace(recipe, carrier=values[CARRIER])
         return recipe
+
+
+def _setting(text: str) -> tuple[str, str, str]:
+    """(site, field, value); no site for the carrier.  Raises Invalid."""
+    where, equals, value = text.partition("=")
+    site, dot, name = where.rpartition(".")
+    if not equals or (where != CARRIER and not (dot and site)):
+        raise Invalid(f"the setting is {text!r}, but it must be SITE.FIELD=VALUE or carrier=VALUE.")
+    return site, name, value

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from refimpl.errors import Invalid
 from refimpl.numerics import precision, sites
-from refimpl.numerics.recipe import CARRIER, Recipe, Rule
+from refimpl.numerics.recipe import CARRIER, FP8, Recipe, Rule
 from refimpl.numerics.recipes import RECIPES, SHORT
-from refimpl.numerics.scaled import FP8, Plan
+from refimpl.numerics.scaled import Plan
 
 ABOUT: Final = {  # what a ready recipe is
     "bf16": "mixed precision: activations in BF16, GEMMs of BF16, masters and gradients in FP32",

@@ -1,4 +1,4 @@
-"""The ready recipes, row by row.  SPEC RECIPE-3, RECIPE-9 to RECIPE-14.
+"""The ready recipes, row by row.  SPEC RECIPE-3, RECIPE-9 to RECIPE-13.
 
 A row says what happens at its sites; the first row that fits a site counts.  `recorded`: seen in code, on
 hardware or stated by the report.  `modelled`: an assumption of ours, with what it rests on.
@@ -71,13 +71,13 @@ def _unscaled(own: str, why: str) -> tuple[Rule, ...]:
     )
 
 
-def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recipe:
-    """V3's training, with three rules for scales: of what is dispatched and of the input of o_proj, of other
-    activations and gradients, and of weights."""
-    across: dict[str, Any] = {"tile": "1x128", "scale": other}
-    along: dict[str, Any] = {"tile": "128x1", "scale": other}
-    power: dict[str, Any] = {"tile": "1x128", "scale": dispatched}
-    power_along: dict[str, Any] = {"tile": "128x1", "scale": dispatched}
+def _fp8(name: str, scale: str) -> Recipe:
+    """V3's training.  scale: the rule for scales, but for those of what is dispatched and of the input of
+    o_proj, which are powers of two in any case."""
+    across: dict[str, Any] = {"tile": "1x128", "scale": scale}
+    along: dict[str, Any] = {"tile": "128x1", "scale": scale}
+    power: dict[str, Any] = {"tile": "1x128", "scale": "ue8m0"}
+    power_along: dict[str, Any] = {"tile": "128x1", "scale": "ue8m0"}
     again = f"{_R323}: RMSNorm is computed again in backward"
     up_again = f"{_R323}: the up-projections of MLA are computed again in backward"
     silu_again = f"{_R333}: the output of SwiGLU is computed again in backward"
@@ -120,13 +120,13 @@ def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recip
                 "*.dy.wgrad",
                 "e4m3",
                 "modelled",
-                "both tilings are made of one BF16 gradient",
+                "both tilings are made of one gradient",
                 of="source",
                 **along,
             ),
             _row("*.dy", "e4m3", "recorded", f"{_R332}: tiles of 1x128, E4M3 for gradients too", **across),
             # Weights, and how products add up.
-            _row("*.weight", "e4m3", "recorded", f"{_R332}: blocks of 128x128", tile="128x128", scale=blocks),
+            _row("*.weight", "e4m3", "recorded", f"{_R332}: blocks of 128x128", tile="128x128", scale=scale),
             *(
                 _row(f"*.{gemm}", "fp32", "recorded", f"{_R332}: promoted every 128", accumulator="deepgemm")
                 for gemm in ("fprop", "dgrad", "wgrad")
@@ -142,13 +142,13 @@ def _fp8(name: str, dispatched: str, other: str, blocks: str, why: str) -> Recip
             _row("attention.probs", "bf16", "modelled", "fused attention keeps none", keep="recomputed"),
             _row("attention.scores", "fp32", "modelled", f"{_R331}: attention keeps high precision"),
             *_DECODING,
-            _row("*", "bf16", "recorded", f"{_R331}: {why}"),
+            _row("*", "bf16", "recorded", f"{_R331}: activations between operators are BF16"),
         ),
     )
 
 
-V3_FP8: Final = _fp8("v3-fp8", "ue8m0", "ieee", "ieee", "activations between operators are BF16")
-V31_UE8M0: Final = _fp8("v3.1-ue8m0", "ue8m0", "ue8m0", "ue8m0", "activations between operators are BF16")
+V3_FP8: Final = _fp8("v3-fp8", "ieee")
+V31_UE8M0: Final = _fp8("v3.1-ue8m0", "ue8m0")
 
 
 def _is(site: str, format: str, does: str, **more: Any) -> Rule:

@@ -16,9 +16,8 @@ import numpy as np
 from refimpl.numerics.arithmetic import Array, Dropped, Operand, Weight
 from refimpl.numerics.blockscale import ACTIVATION, BLOCK, TRANSPOSED, Quantised, Tile, dequantise, quantise
 from refimpl.numerics.formats import FORMATS, Codes
-from refimpl.numerics.recipe import CARRIER, Recipe, Rule
+from refimpl.numerics.recipe import CARRIER, FP8, Recipe, Rule
 
-FP8 = ("e4m3", "e5m2")  # what tensor cores multiply
 SIZE = 128  # values along the contracted axis that share a scale
 SCALE_BYTES = 4  # of a float32 scale
 

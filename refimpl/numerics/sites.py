@@ -95,14 +95,17 @@ DECODING: Final = {  # where new tokens are computed from caches
 
 SITES: Final = VALUES | KEPT | PRODUCTS | FUSED | DECODING
 
-RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
-    "self_attn.in",
+UP: Final = (  # what attention computes again from its latents, all of it if any was not kept
     "q_b_proj.in",
     "kv_b_proj.in",
     "attention.query",
     "attention.key",
     "attention.value",
     "attention.probs",
+)
+RECOMPUTABLE: Final = (  # where a layer can compute a value again in backward, if it was not kept
+    "self_attn.in",
+    *UP,
     "mlp.in",
     "gate.in",
     "experts.in",
@@ -147,6 +150,7 @@ LINEARS: Final = {  # a linear -> the site of its input, which several may share
 }
 
 
+GEMMS: Final = frozenset(f"{own}.{gemm}" for own in LINEARS for gemm in ("fprop", "dgrad", "wgrad"))
 _INPUTS: Final = frozenset(LINEARS.values())
 
 
@@ -163,6 +167,18 @@ def tiles(site: str) -> tuple[str, ...]:
     if part == "wgrad" and (own in _INPUTS or own.endswith(".dy")):
         return "128x1", "128x128", "tensor"
     return ("128x128", "tensor") if part == "weight" and not site.startswith("optim.") else ()
+
+
+def reads(site: str, field: str) -> bool:
+    """Whether a rule's field means anything at a site.
+
+    Products say how they add up, and nothing else: their results are stored as other sites say.  `of` counts
+    where something is quantised again, or saved as it was before it was rounded.
+    """
+    if site in GEMMS or field == "accumulator":
+        return site in GEMMS and field == "accumulator"
+    again = (".in.fprop", ".in.wgrad", ".dy.wgrad")
+    return field != "of" or site.endswith(again) or site in ("norm.normed", "attention.probs")
 
 
 GRADIENTS: Final = (  # sites of the forward pass that have one for their gradient: `d.NAME`

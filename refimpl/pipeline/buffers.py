@@ -22,9 +22,9 @@ import numpy as np
 from refimpl.errors import Invalid
 from refimpl.numerics.arithmetic import Operand, Plain
 from refimpl.numerics.gradients import Gradients
+from refimpl.pipeline.memory import RELEASING
 
 Key = tuple[int, int]  # stage, microbatch
-RELEASES = ("W", "I")
 ACTIVATIONS, OPERANDS, CONTRIBUTIONS = range(3)
 
 
@@ -43,7 +43,7 @@ class Buffers:
     """Of one rank.  release: when activations are let go of, "W" or "I"."""
 
     def __init__(self, release: str, ignored: Mapping[int, int]) -> None:
-        if release not in RELEASES:
+        if release not in RELEASING:
             raise Invalid(f"release is {release!r}, but activations are released at 'W' or at 'I'.")
         self._release, self._ignored = release, ignored
         self._saved: dict[Key, Any] = {}

@@ -98,6 +98,8 @@ def several(found: Iterable[tuple[Schedule, Mapping[str, Any]]]) -> str:
 def from_dict(found: Mapping[str, Any], what: str) -> Schedule:
     """A schedule from a JSON object that `what` names.  Raises Invalid."""
     missing = [key for key in KEYS if key not in found]
+    if missing and isinstance(found.get("schedules"), list):  # what `several` writes
+        raise Invalid(f"{what} has {len(found['schedules'])} schedules to compare, but it must have one.")
     if missing:
         raise Invalid(f"{what} has no {missing[0]}, but it must have {', '.join(KEYS)}.")
     name, size, microbatches, chunks, stages = (found[key] for key in KEYS[:5])

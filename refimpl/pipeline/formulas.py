@@ -86,7 +86,7 @@ def closed(
 
 
 def beside(timeline: Timeline) -> tuple[Published, Closed]:
-    """Both for a schedule that was simulated."""
+    """Both for a schedule of `rules` that was simulated: its name says which, its order is not looked at."""
     schedule = timeline.schedule
     at = (schedule.size, schedule.microbatches, timeline.durations, len(schedule.placement[0]))
     return published(schedule.name, *at), closed(schedule.name, *at)

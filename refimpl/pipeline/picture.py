@@ -176,7 +176,8 @@ class _Page:
         """Time, with round numbers."""
         unit, bottom = self.scale.unit, self.top + 3
         last = round(self.wide / unit)
-        step = _round_step(max(1.0, 40 * self.grown / unit))
+        apart = max(40 * self.grown, _width(str(last), self.small) + 8)
+        step = _round_step(max(1.0, apart / unit))
         middle = bottom + 8.5 * self.grown
         self.line(self.left, bottom, self.left + self.wide, bottom)
         for time in range(0, last + 1, step):

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from refimpl.errors import Invalid
 from refimpl.pipeline.schedule import Action, Entry, Pair, Schedule
-
-KINDS = ("F", "B", "I", "W")
+from refimpl.pipeline.waits import known
 
 
 def whole(what: str, value: object) -> int:
@@ -159,7 +158,9 @@ def sequence(schedule: Schedule) -> tuple[Step, ...]:
 
 
 def timed(schedule: Schedule, steps: Sequence[Step], durations: Durations) -> Timeline:
-    """The times of a schedule whose `sequence` is there."""
+    """The times of a schedule whose `sequence` is there.  Raises Invalid for scales that do not fit it."""
+    if not isinstance(durations, Durations):
+        raise Invalid(f"the durations are a {type(durations).__name__}, but they have to be Durations.")
     scales, stages = len(durations.scale), schedule.stages
     if scales not in (0, stages):
         raise Invalid(
@@ -237,17 +238,12 @@ def said(action: Action) -> str:
 
 def _well_formed(schedule: Schedule) -> None:
     """Known kinds, stages and microbatches, and nothing done twice."""
-    stages, microbatches = schedule.stages, schedule.microbatches
     results, seen = Results(schedule), set[int]()
     for rank, position, action in schedule.actions():
-        if (
-            action.kind not in KINDS
-            or not 0 <= action.stage < stages
-            or not 0 <= action.microbatch < microbatches
-        ):
+        if not known(schedule, action):
             raise Invalid(
                 f"rank {rank} has at position {position} the {said(action)}, but there are the kinds F, B, I "
-                f"and W, {stages} stages and {microbatches} microbatches, counted from 0."
+                f"and W, {schedule.stages} stages and {schedule.microbatches} microbatches, counted from 0."
             )
         for result in results.made(action):
             if result in seen:

@@ -35,6 +35,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class ModelStage:
+    """Neighbouring units, and what they read of every microbatch."""
+
     units: tuple[Unit, ...]
     inputs: tuple[Prepared, ...]  # of all microbatches
 

@@ -118,8 +118,9 @@ def _published(timeline: Timeline) -> str:
         return "no formula is published for it"
     formula = formulas.beside(timeline)[0]
     simulated = timeline.idle if formula.meaning == formulas.IDLE else timeline.idle_within_span
+    value = "" if formula.text == str(formula.value) else f" = {formula.value}"
     return (
-        f"published {formula.meaning}: {formula.text} = {formula.value}, simulated {_span(simulated)}; "
+        f"published {formula.meaning}: {formula.text}{value}, simulated {_span(simulated)}; "
         f"the formula {'applies' if formula.applies else 'does not apply'}: {formula.reason}"
     )
 

@@ -1,6 +1,7 @@
 """An output of a port against a case that is compared exactly.  SPEC VERDICT-11, VERDICT-12.
 
 A tensor is given in the type of the case, or as unsigned integers of the same width, which are its codes.
+What is judged as numbers (`within`) may have any floating-point type.
 For a fingerprint the question is not whether the bits are ours, but whose they are.
 """
 
@@ -18,6 +19,7 @@ from refimpl.checkpoint.dtypes import DTYPES
 from refimpl.checkpoint.safetensors import TensorFile
 from refimpl.numerics.arithmetic import Array
 from refimpl.validate import schedules, stagewise
+from refimpl.validate.output import FLOATS
 from refimpl.validate.tensor import HOLDS, MALFORMED, MISSING, OFF, TensorVerdict
 
 
@@ -48,7 +50,7 @@ def judge(folder: Folder, given: TensorFile) -> Judged:
         if fault is not None:
             verdicts.append(TensorVerdict(t.name, t.role, MALFORMED, fault))
             continue
-        usable[t.name] = t, codes_in(given, t.name)
+        usable[t.name] = t, _read(given, t)
         judged_alone = case.fingerprint is None and not is_staged(case)
         verdicts.append(_tensor(folder, *usable[t.name]) if judged_alone else _plain(t))
     if is_staged(case):
@@ -70,13 +72,20 @@ def judge(folder: Folder, given: TensorFile) -> Judged:
 def _fault(given: TensorFile, t: Tensor) -> str | None:
     dtype, shape = given.dtype(t.name), given.shape(t.name)
     codes = f"U{8 * DTYPES[t.dtype].codes.itemsize}" if t.dtype in FORMAT_OF else t.dtype
-    if dtype not in (t.dtype, codes):
+    number = t.within is not None and dtype in FLOATS
+    if dtype not in (t.dtype, codes) and not number:
         return f"dtype {dtype} instead of {t.dtype}" + (
             f", or its codes as {codes}" if codes != t.dtype else ""
         )
     if shape != t.shape:
         return f"shape {shape} instead of {t.shape}"
     return None
+
+
+def _read(given: TensorFile, t: Tensor) -> Array:
+    """Codes in the type of the case; numbers in another floating-point type as float64."""
+    other = given.dtype(t.name) != t.dtype and given.dtype(t.name) in FLOATS
+    return given[t.name].astype(np.float64) if other else codes_in(given, t.name)
 
 
 def _tensor(folder: Folder, t: Tensor, theirs: Array) -> TensorVerdict:

@@ -1,4 +1,4 @@
-"""An output of a port against a case of kind `schedule`, in words.  SPEC VERDICT-21.
+"""An output of a port against a case of kind `schedule`, in words.  SPEC VERDICT-23.
 
 Integers have to be equal, in any integer type; -1 behind the last entry of a rank may be there or not.  The
 case is computed again, so that the first difference can be named where its folder has only samples.
@@ -39,13 +39,20 @@ class Expected:
 
     @cached_property
     def outputs(self) -> Mapping[str, Array]:
-        found = instruments.run(self._folder.case.component, self.data)
+        case = self._folder.case
+        try:
+            found = instruments.run(case.component, self.data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unreadable(
+                f"{self._folder.path}: component {case.component} cannot be computed from its arguments "
+                f"({type(error).__name__}: {error}), but it must be plan or legality with all of theirs."
+            ) from None
         return {name: out.array for name, out in found.items()}
 
     def of(self, t: Tensor) -> Array:
         """Raises Unreadable where this version computes something else than the case has."""
-        ours = self.outputs[t.name]
-        if format.digest(ours, t.dtype) != t.sha256:
+        ours = self.outputs.get(t.name)
+        if ours is None or format.digest(ours, t.dtype) != t.sha256:
             raise Unreadable(
                 f"{self._folder.path}: {t.name} is not what is computed here, but it must be the same bits."
             )

@@ -10,6 +10,7 @@ ones are apart.  Values hold within the three numbers of their tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
@@ -21,9 +22,14 @@ from refimpl.numerics.arithmetic import Array, Exact
 from refimpl.recipe_programs import CODES, PRODUCT, SCALES, Met
 from refimpl.validate.tensor import HOLDS, OFF, TensorVerdict
 
+OPERANDS: Final = {"fprop": ("x", "w"), "dgrad": ("dy", "w^T"), "wgrad": ("dy^T", "x^T")}
+
 
 def judge(folder: Folder, usable: Mapping[str, tuple[Tensor, Array]]) -> dict[str, TensorVerdict]:
-    """usable: output -> (tensor, the port's codes)  ->  name -> verdict.  Raises Unreadable."""
+    """usable: output -> (tensor, the port's codes, or numbers as float64)  ->  name -> verdict.
+
+    Raises Unreadable.
+    """
     case = folder.case
     theirs = {name: _numbers(t, codes) for name, (t, codes) in usable.items()}
     met = staged.computed(case, setting_of(folder, Exact()), theirs)
@@ -43,6 +49,9 @@ def judge(folder: Folder, usable: Mapping[str, tuple[Tensor, Array]]) -> dict[st
 
 
 def _numbers(t: Tensor, codes: Array) -> Array:
+    if codes.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # then it is infinite, and off
+            return codes.astype(np.float32)
     if t.dtype.startswith(("F8", "U")):
         return codes
     value = staged.value_of(codes, t.dtype)
@@ -70,16 +79,17 @@ def _product(t: Tensor, m: Met) -> TensorVerdict:
     if _same(m.ours, m.theirs):
         return TensorVerdict(t.name, t.role, HOLDS)
     others = m.others()
-    for unit, made in others.items():
-        if _same(made, m.theirs):
-            return TensorVerdict(t.name, t.role, HOLDS, f"accumulated as {unit}")
+    units = [unit for unit, made in others.items() if _same(made, m.theirs)]
+    if units:
+        return TensorVerdict(t.name, t.role, HOLDS, f"accumulated as {' or '.join(units)}")
     exact = others.get("exact", m.ours).astype(np.float64)
     apart = [np.abs(made - exact) for made in (m.ours, *others.values())]
     allowed = staged.TIMES * np.max([own.max(-1, keepdims=True) for own in apart], axis=0)
     error = np.abs(m.theirs - exact)
-    if np.all(error <= allowed):
+    far = ~(error <= allowed)  # NaN is far
+    if not far.any():
         return TensorVerdict(t.name, t.role, HOLDS, "accumulated as accurately as the known units")
-    return _differs(t, m.ours, m.theirs)
+    return _differs(t, m.ours, m.theirs, far, "are further from the exact product than known units")
 
 
 def _value(t: Tensor, m: Met) -> TensorVerdict:
@@ -94,14 +104,30 @@ def _value(t: Tensor, m: Met) -> TensorVerdict:
     return TensorVerdict(t.name, t.role, HOLDS if d.holds else OFF, d.reason, at, d)
 
 
+def words(name: str) -> str:
+    """What a tensor of a GEMM is: "codes of dy^T as Wgrad reads it"."""
+    own = name.removesuffix(".again")
+    what = "scales" if own.endswith("_scale") else "codes"
+    site, _, part = own.removesuffix("_scale").rpartition(".")
+    gemm = site.rpartition(".")[2]
+    if gemm not in OPERANDS:
+        return f"{what} of the value" if part == "codes" else "value"
+    if part == "d":
+        return f"what {gemm.capitalize()} adds up"
+    return f"{what} of {OPERANDS[gemm]['ab'.index(part)]} as {gemm.capitalize()} reads it"
+
+
 def _same(ours: Array, theirs: Array | None) -> bool:
     return theirs is not None and np.array_equal(ours, theirs)
 
 
-def _differs(t: Tensor, ours: Array, theirs: Array) -> TensorVerdict:
-    wrong = np.flatnonzero((ours != theirs).reshape(-1))
-    at = tuple(int(i) for i in np.unravel_index(int(wrong[0]), t.shape))
-    text = (
-        f"{wrong.size} of {t.size} elements differ, the first is {theirs[at]} instead of {ours[at]} at {at}"
-    )
+def _differs(
+    t: Tensor, ours: Array, theirs: Array, wrong: Array | None = None, how: str = "differ"
+) -> TensorVerdict:
+    """wrong: which elements are; those that are not equal if it is None."""
+    off = np.flatnonzero(ours != theirs if wrong is None else wrong)
+    at = tuple(int(i) for i in np.unravel_index(int(off[0]), t.shape))
+    shown = "{:#04x} instead of {:#04x}" if t.dtype.startswith(("F8", "U")) else "{} instead of {}"
+    first = shown.format(theirs[at], ours[at])
+    text = f"{words(t.name)}: {off.size} of {t.size} elements {how}, the first is {first} at {at}"
     return TensorVerdict(t.name, t.role, OFF, text, at)

@@ -21,7 +21,6 @@ from typing import Any, Final
 MUTANT, SAME, LAYOUT, LATER, INEXPRESSIBLE = "mutant", "same", "layout", "later", "inexpressible"
 DISPOSITIONS: Final = (MUTANT, SAME, LAYOUT, LATER, INEXPRESSIBLE)
 SUBJECTS: Final = (
-    "fp8",
     "mtp",
     "decoding",
     "training",

@@ -21,9 +21,12 @@ from refimpl.checkpoint import safetensors
 from refimpl.errors import Invalid
 from refimpl.numerics import tensorcore_twin as twin
 from refimpl.numerics.arithmetic import Exact
+from refimpl.numerics.float32 import to_bf16
 from refimpl.numerics.gemm import gemm_fp8
 from refimpl.numerics.recipe import Recipe
+from refimpl.numerics.scaled import quantised
 from refimpl.recipe_programs import Noting
+from refimpl.validate import stagewise
 from refimpl.validate.tensor import HOLDS, MISSING, OFF
 from refimpl.validate.verdict import Verdict, check
 from refimpl.variants.mutants import BITS_MUTANTS
@@ -99,6 +102,14 @@ def test_a_linear_has_three_products_with_their_operands(id) -> None:
     assert {f"{name}.{part}" for name in names for part in ("a", "a_scale", "b", "b_scale", "d")} <= listed
 
 
+def test_a_gradient_is_bf16_where_it_is_quantised_unless_swiglu_gave_it() -> None:
+    for id in CASES:
+        for t in built(id).case.outputs:
+            if t.name.endswith(".dy"):
+                fused = t.name.endswith((".gate_proj.dy", ".up_proj.dy"))
+                assert t.dtype == ("F32" if fused else "BF16"), t.name
+
+
 def test_wgrad_reads_tiles_along_the_tokens_of_each_expert() -> None:
     expected = built("recipe/moe-v3-fp8").expected
     idx = next(v for n, v in built("recipe/moe-v3-fp8").given.items() if n.endswith("topk_idx"))
@@ -150,6 +161,69 @@ def test_one_scale_for_a_row_is_found_where_codes_are_made(golden) -> None:
     assert verdict.first_off.name == "self_attn.in.codes"
 
 
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F16"])
+def test_values_may_be_of_any_floating_point_type(golden, dtype) -> None:
+    b, given = built(SMALL[0]), {}
+    for t in b.case.outputs:
+        if t.within is not None:
+            number = staged.value_of(b.expected[t.name], t.dtype)
+            single = number.astype({"F64": np.float64, "F16": np.float16}.get(dtype, np.float32))
+            given[t.name] = folders.stored(to_bf16(single), dtype) if dtype == "BF16" else single
+    safetensors.write(golden / "answer.safetensors", given)
+    verdict = check(golden / SMALL[0], golden / "answer.safetensors")
+    assert {t.name: t.verdict for t in verdict.tensors if t.name in given} == dict.fromkeys(given, HOLDS)
+
+
+def test_codes_are_made_of_values_as_the_port_gave_them_and_not_as_the_case_stores_them(golden) -> None:
+    given, case = {}, built(SMALL[0]).case
+    value, codes = (
+        next(t for t in case.outputs if t.name == f"self_attn.in{part}") for part in ("", ".codes")
+    )
+    x = staged.value_of(built(SMALL[0]).expected[value.name], value.dtype).astype(np.float32)
+    x *= np.float32(1 + 2.0**-10)  # no BF16
+    made = quantised(x, recipe_of(SMALL[0]).rule(value.name))
+    given = {value.name: x, codes.name: folders.stored(made.codes, codes.dtype)}
+    given[f"{codes.name}_scale"] = made.scales
+    safetensors.write(golden / "answer.safetensors", given)
+    verdict = check(golden / SMALL[0], golden / "answer.safetensors")
+    assert {t.name: t.verdict for t in verdict.tensors if t.name in given} == dict.fromkeys(given, HOLDS)
+
+
+def test_what_is_off_is_said_in_words(golden) -> None:
+    verdict = answered(golden, SMALL[0], None, recipe_of(SMALL[0]).set(["*.dy.wgrad.of=codes"]), True)
+    assert verdict.first_off is not None
+    assert verdict.first_off.name.endswith(".wgrad.a")
+    assert verdict.first_off.note.startswith("codes of dy^T as Wgrad reads it: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("m.o_proj.fprop.a_scale", "scales of x as Fprop reads it"),
+        ("m.o_proj.dgrad.b", "codes of w^T as Dgrad reads it"),
+        ("m.o_proj.wgrad.d", "what Wgrad adds up"),
+        ("m.down_proj.in.codes_scale.again", "scales of the value"),
+        ("m.mlp.gate.topk_idx", "value"),
+    ],
+)
+def test_every_tensor_of_a_recipe_has_words(name, said) -> None:
+    assert stagewise.words(name) == said
+
+
+def test_one_wrong_element_of_a_product_is_one(golden) -> None:
+    id = SMALL[0]
+    other = recipe_of(id).set([f"*.{gemm}.accumulator=promote_fp32" for gemm in ("fprop", "dgrad", "wgrad")])
+    made = recipe_programs.run(built(id).case.component, setting_of(Folder.open(golden / id), Exact()), other)
+    product = next(m for m in made if m.name.endswith(".fprop.d"))
+    wrong = np.array(product.ours, np.float32)
+    wrong[5, 7] = np.nan
+    safetensors.write(golden / "answer.safetensors", {product.name: wrong})
+    verdict = check(golden / id, golden / "answer.safetensors")
+    found = next(t for t in verdict.tensors if t.name == product.name)
+    assert (found.verdict, found.at) == (OFF, (5, 7))
+    assert f"1 of {wrong.size} elements" in found.note
+
+
 def test_a_product_of_no_known_unit_holds_if_it_is_as_accurate_and_not_otherwise(golden) -> None:
     class Off(Noting):
         factor = 2.0**-22
@@ -179,6 +253,13 @@ def test_fp8_is_offered_by_cases_of_a_recipe_alone(golden, capsys, tmp_path) -> 
         cli.main(["check", str(golden / SMALL[0]), str(golden / "answer.safetensors"), "--as", "fp32"]) == 2
     )
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_diagnosis_that_cannot_be_had_is_said_so(golden, capsys) -> None:
+    answered(golden, SMALL[0], BITS_MUTANTS["L17b"].recipe, recipe_of(SMALL[0]), True)
+    arguments = ["check", str(golden / SMALL[0]), str(golden / "answer.safetensors"), "--diagnose"]
+    assert cli.main(arguments) == 1
+    assert "No diagnosis: " in capsys.readouterr().out
 
 
 def test_the_zoo_bounds_values_and_a_tenth_too_little_is_rejected() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -93,9 +94,10 @@ def test_the_meaning_is_all_but_names_and_sources() -> None:
         V3, name="mine", rules=tuple(replace(r, source="", evidence="modelled") for r in V3.rules)
     )
     assert reworded.meaning == V3.meaning
-    for rule in V3.rules:
+    for i, rule in enumerate(V3.rules, 1):
+        assert V3.meaning[f"row {i}"] == rule.site
         for field in ("format", "tile", "scale", "of", "keep", "accumulator"):
-            assert f"{field}={asdict(rule)[field]}" in V3.meaning[f"row {V3.rules.index(rule) + 1}"]
+            assert V3.meaning[f"row {i}, {rule.site}.{field}"] == asdict(rule)[field]
     assert replace(V3, carrier="float32").meaning != V3.meaning
 
 
@@ -104,3 +106,60 @@ def test_a_change_touches_the_sites_that_fit_and_no_other() -> None:
     for site in sites.every():
         same = changed.rule(site).format == V3.rule(site).format
         assert same != fnmatchcase(site, "*experts.*.dy"), site
+
+
+@pytest.mark.parametrize(
+    ("site", "field", "value"),
+    [
+        ("o_proj.in", "accumulator", "deepgemm"),
+        ("*.in", "of", "source"),
+        ("residual", "of", "source"),
+        ("*.dy", "of", "source"),
+        ("*.fprop", "format", "bf16"),
+        ("lm_head.wgrad", "tile", "1x128"),
+        ("*.dgrad", "keep", "codes"),
+    ],
+)
+def test_a_change_that_nothing_reads_is_refused(site: str, field: str, value: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed(site, **{field: value})
+    one_sentence(caught, f"{site}.{field} is changed")
+
+
+@pytest.mark.parametrize(
+    "site", ["q_b_proj.weight", "up_proj.dy.wgrad", "o_proj.in.wgrad", "o_proj.in.fprop"]
+)
+@pytest.mark.parametrize("format", ["e5m6", "e5m6fn", "e4m3fnuz"])
+def test_codes_that_no_product_takes_are_refused_before_anything_is_computed(site: str, format: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed(site, format=format)
+    one_sentence(caught, f"{site}.format is '{format}'", "reads codes of e4m3 or e5m2 alone")
+    kept = site.removesuffix(".wgrad").removesuffix(".fprop")
+    if kept != site:  # such codes may wait for the backward pass
+        assert V3.changed(kept, format=format).rule(kept).format == format
+
+
+def test_a_format_of_scales_is_no_format_of_values() -> None:
+    with pytest.raises(Invalid) as caught:
+        V3.changed("residual", format="ue8m0")
+    one_sentence(caught, "residual.format is 'ue8m0'")
+
+
+def test_a_field_named_site_is_unknown_as_any_other() -> None:
+    for name in ("site", "self"):
+        with pytest.raises(Invalid) as caught:
+            V3.set([f"residual.{name}=x"])
+        one_sentence(caught, f"residual.{name}", f"no field {name}")
+
+
+@pytest.mark.parametrize("order", list(permutations(("format=e4m3", "tile=1x128", "scale=ieee"))))
+def test_settings_of_one_site_are_one_change_in_any_order(order: tuple[str, ...]) -> None:
+    made = V3.set([f"swiglu.gate.{setting}" for setting in order]).rule("swiglu.gate")
+    assert (made.format, made.tile, made.scale) == ("e4m3", "1x128", "ieee")
+
+
+def test_settings_of_other_sites_keep_their_turn() -> None:
+    given = ["*.dy.tile=128x128", "o_proj.dy.tile=tensor", "carrier=float32", "*.dy.tile=1x128"]
+    made = V3.set(given)
+    assert (made.rule("q_a_proj.dy").tile, made.rule("o_proj.dy").tile) == ("1x128", "tensor")
+    assert made.carrier == "float32"

@@ -58,7 +58,7 @@ def test_what_is_written_by_hand_is_what_is_written() -> None:
 
 
 def test_metrics_and_unknown_keys_stand_beside_it(tmp_path: Path) -> None:
-    path = written(tmp_path, SMALL | {"metrics": {"makespan": "x"}, "source": None})
+    path = written(tmp_path, SMALL | {"metrics": {"makespan": "x"}, "source": None, "schedules": []})
     assert exchange.read(path).schedule == READ
 
 
@@ -138,6 +138,7 @@ WRONG: list[tuple[Any, tuple[str, ...]]] = [
     (SMALL | {"M": MOST}, ("stages times microbatches", str(MOST))),
     (SMALL | {"M": 10**400}, ("stages times microbatches",)),
     ([SMALL], ("list", "JSON object")),
+    ({"schedules": [SMALL, SMALL]}, ("2 schedules to compare", "must have one")),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def test_several_share_one_time_axis(matplotlib: Any) -> None:
     single, both = (ElementTree.fromstring(picture.render(some)) for some in ([one], [one, other]))
     assert single.get("width") == both.get("width")
     assert float(str(both.get("height"))[:-2]) > 1.5 * float(str(single.get("height"))[:-2])
+
+
+@pytest.mark.parametrize("times", [(1, 1, 1), (10**6, 10**6, 10**6), (76 * 10**10,) * 3])
+def test_the_labels_of_the_time_axis_do_not_touch(times: tuple[int, int, int], matplotlib: Any) -> None:
+    page = picture._Page([chart(timeline("zb1p", 4, 9, Durations(*times)))])
+    labels = [text for text in page.axes.texts if text.get_text().isdecimal()]
+    assert len(labels) > 4
+    for one, other in pairwise(labels):
+        room = other.get_position()[0] - one.get_position()[0]
+        assert room > picture._width(other.get_text(), page.small)
 
 
 def test_a_name_is_text_and_nothing_else(matplotlib: Any) -> None:

@@ -205,6 +205,8 @@ class TestRefusals:
             (("gpipe", 4, 8, 2), ("gpipe has 1 stage", "chunks is 2")),
             (("zbv", 4, 8, 3), ("zbv has 2 stage", "chunks is 3")),
             (("1f1b", 4, 8, None, 4), ("1f1b has no groups", "group is 4")),
+            ((["1f1b"], 4, 8), ("['1f1b'] is no schedule", "dualpipev")),
+            (("x" * 500, 4, 8), ("xxx is no schedule", "dualpipev")),
             (("zb2p", 4, 8), ("'zb2p'", "gpipe, 1f1b, interleaved, zb1p, zbv, dualpipe, dualpipev")),
         ],
     )

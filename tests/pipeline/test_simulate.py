@@ -158,6 +158,12 @@ def test_a_duration_is_a_whole_number_that_is_not_negative(field: str, value: ob
     one_sentence(caught, field, repr(value), "whole number")
 
 
+def test_durations_are_durations() -> None:
+    with pytest.raises(Invalid) as caught:
+        simulate.simulate(plan("1f1b", 2, 2), (1, 1, 1))  # type: ignore[arg-type]
+    one_sentence(caught, "tuple", "Durations")
+
+
 def test_numpy_s_integers_are_whole_numbers() -> None:
     assert Durations(np.int64(2), np.int32(1), np.uint8(1)).FB == 4  # type: ignore[arg-type]
 

@@ -114,7 +114,7 @@ def test_what_is_not_in_the_catalogue_says_where_it_shows(planted):
 
 def test_the_sample_has_every_suite_that_a_float_port_computes():
     found = {case.suite for name in SUITES for case in suite(name) if isinstance(case, Definition)}
-    training = {"mtp", "balance", "training"}  # this port only computes the main model
+    training = {"mtp", "balance", "training", "schedule"}  # this port only computes the main model
     rest = {"mlp", "reject"} | training  # mlp: also in moe and block
     assert found - {id.partition("/")[0] for id in SAMPLE} == rest
 

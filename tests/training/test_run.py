@@ -176,7 +176,11 @@ class TestCommand:
             (["--precision", "float32"], ['precision is "v3-fp8"', 'has "float32"']),
             (
                 ["--precision", "v3-fp8@float32", "--recipe-set", "*.dy.format=e5m2"],
-                ["recipe v3-fp8, row", "format=e4m3", "format=e5m2"],
+                ["recipe v3-fp8, row", '*.dy.format is "e4m3"', 'has "e5m2"'],
+            ),
+            (
+                ["--precision", "v3-fp8@float32", "--recipe-set", "*.fprop.accumulator=promote_fp32"],
+                ['*.fprop.accumulator is "deepgemm"', 'has "promote_fp32"'],
             ),
         ],
         ids=str,

@@ -30,6 +30,8 @@ SAMPLE = (  # cases that are computed again, a few seconds in all
     "gate/v2-groups-vjp",
     "moe/v2",
     "quantise/dequantise-weights",
+    "schedule/dualpipe-8x20",
+    "schedule/illegal-deadlock-1f1b",
 )
 
 

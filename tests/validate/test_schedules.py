@@ -180,6 +180,32 @@ def test_another_claim_is_refused(judge):
         judge(SMALL, right(SMALL), "bf16")
 
 
+def test_an_order_without_entries_is_no_error(judge):
+    first = judge(SMALL, right(SMALL) | {"order": np.zeros((4, 0, 5), np.int64)}).first_off
+    assert first.note.startswith("rank 0, position 0: nothing instead of F of stage 0 on microbatch 0")
+
+
+@pytest.mark.parametrize(
+    ("there", "other"),
+    [
+        ('"schedule": "1f1b"', '"schedules": "1f1b"'),
+        ('"component": "plan"', '"component": "plans"'),
+        ('"durations": [', '"durations": [7, '),
+        ('"latency": 1', '"latencies": 1'),
+        ('"ranks": 4', '"ranks": 4000000'),
+    ],
+)
+def test_a_case_that_describes_nothing_is_one_sentence(tmp_path, capsys, there, other):
+    shutil.copytree(GOLDEN / SMALL, tmp_path / "case")
+    path = tmp_path / "case/case.json"
+    text = path.read_text()
+    assert there in text
+    path.write_text(text.replace(there, other))
+    safetensors.write(tmp_path / "output.safetensors", right(SMALL))
+    assert main(["check", str(tmp_path / "case"), str(tmp_path / "output.safetensors")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_case_that_is_not_what_is_computed_here_is_no_yardstick(judge, tmp_path):
     shutil.copytree(GOLDEN / SMALL, tmp_path / "case")
     path = tmp_path / "case/case.json"

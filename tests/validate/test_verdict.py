@@ -8,7 +8,7 @@ import pytest
 from refimpl.cases.generate import generate
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.dtypes import Stored
-from refimpl.errors import Invalid, Unreadable, Unsupported
+from refimpl.errors import Invalid, Unreadable
 from refimpl.validate import report
 from refimpl.validate.verdict import check
 
@@ -168,7 +168,7 @@ def test_distances_are_those_of_the_worst_element(golden, tmp_path):
 def test_a_claim_that_the_case_does_not_offer_is_refused_with_its_reason(judge, right):
     with pytest.raises(Invalid, match="is not offered for bf16: the verdict would accept"):
         judge(right, "bf16")
-    with pytest.raises(Unsupported, match="fp8"):
+    with pytest.raises(Invalid, match="but fp8 was claimed"):
         judge(right, "fp8")
 
 

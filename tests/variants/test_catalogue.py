@@ -15,7 +15,6 @@ ENTRIES = pytest.mark.parametrize("entry", CATALOGUE.values(), ids=lambda entry:
 # Changing a disposition is a decision, so it is written down twice.
 LATER = {
     "decoding": "A14 A15",
-    "fp8": "L17",
     "mtp": "",
     "pipeline": "",
     "sparse attention": "D01 D02 D03 D04 D05 D06 D07",

@@ -1,4 +1,7 @@
-"""Schedules with one thing wrong, and schedules that are odd and right: (id, title, schedule)."""
+"""Schedules with one thing wrong, and schedules that are odd and right: (id, title, schedule).
+
+SPEC CASE-19.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cases of the gradients that each rank of a pipeline makes: a small V3 with an MTP module, routing given."""
+"""Cases of the gradients that each rank of a pipeline makes: a small V3 with an MTP module, routing given.
+
+SPEC CASE-20.
+"""
 
 from __future__ import annotations
 

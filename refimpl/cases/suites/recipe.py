@@ -1,4 +1,7 @@
-"""Suite recipe: components in the arithmetic of V3's training, GEMM by GEMM.  SPEC RECIPE-5 to -7, CASE-17."""
+"""Suite recipe: components in the arithmetic of V3's training, GEMM by GEMM.  SPEC RECIPE-5 to -7.
+
+Cases of a recipe: CASE-17.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Suite schedule: orders and metrics of the rules, schedules that are illegal, gradients of ranks.
 
-SPEC CASE-17 to CASE-19, PIPE-1 to PIPE-27.
+SPEC CASE-18 to CASE-20, PIPE-1 to PIPE-27.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _CLAUSES: Final = {
     "dualpipe": ("PIPE-9", "PIPE-10"),
     "dualpipev": ("PIPE-11",),
 }
-_METRICS: Final = ("PIPE-20", "PIPE-26", "PIPE-27")
-_LEGAL: Final = ("PIPE-12", "PIPE-13", "PIPE-14", "PIPE-15", "PIPE-16")
+_METRICS: Final = ("PIPE-20", "PIPE-21", "PIPE-22", "PIPE-23", "PIPE-24", "PIPE-26", "PIPE-27", "PIPE-60")
+_LEGAL: Final = ("PIPE-12", "PIPE-13", "PIPE-14", "PIPE-15", "PIPE-16", "PIPE-60")
 _EVEN: Final = {"F": 2, "I": 2, "W": 2, "B": 4, "FB": 6, "latency": 0}
 _UNEVEN: Final = {"F": 3, "I": 5, "W": 2, "B": 6, "FB": 8, "latency": 1}
 

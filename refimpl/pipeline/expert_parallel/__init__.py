@@ -1,4 +1,4 @@
-"""Expert parallelism, emulated: experts over ranks and nodes, tokens to them and back.  SPEC XPAR-1 to XPAR-12.
+"""Expert parallelism, emulated: experts over ranks and nodes, tokens to them and back.  SPEC XPAR-1 to -12.
 
 placement     which rank has which expert, which node has which rank
 dispatch      where the tokens of a batch go, on which path, and how many

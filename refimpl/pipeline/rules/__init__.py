@@ -48,8 +48,8 @@ def plan(
     Raises:
         Invalid: no such schedule, or numbers that its rule does not allow.
     """
-    if name not in RULES:
-        raise Invalid(f"{name!r} is no schedule; there are {', '.join(RULES)}.")
+    if not isinstance(name, str) or name not in RULES:
+        raise Invalid(f"{name!r:.60} is no schedule, but it has to be one of {', '.join(RULES)}.")
     rule = RULES[name]
     free = name == "interleaved"
     numbers = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks, "group": group}

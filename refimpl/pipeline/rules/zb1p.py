@@ -12,7 +12,7 @@ for a W.  Zero Bubble Pipeline Parallelism (arXiv 2401.10241), figure 3, above (
 ScheduleInterleavedZeroBubble with one stage per rank.  The warm-up is counted as by Megatron: an F of the
 loop follows it at once.  If it is W that releases a microbatch, min(P, M) are alive on every rank.
 
-PyTorch refuses M that its rounds do not divide (PIPE-5).  With one chunk a round has no effect on the order:
+PyTorch refuses M that its rounds do not divide (PIPE-6).  With one chunk a round has no effect on the order:
 here every M is allowed.
 """
 

@@ -124,7 +124,7 @@ def _kept_forward(
     c: Context, query: Array, key: Array, value: Array, scale: float, allowed: Array
 ) -> tuple[Array, WithOut]:
     out, s = attention.forward(c, query, key, value, scale, allowed)
-    return out, WithOut(s.query, s.key, s.value, s.scores, s.probs, out)
+    return out, WithOut(s.query, s.key, s.value, s.scores, s.probs, s.softmax, out)
 
 
 def _rows_backward(c: Context, dout: Array, saved: WithOut, scale: float) -> tuple[Array, Array, Array]:

@@ -12,6 +12,8 @@ import pytest
 from refimpl import cli
 from refimpl.pipeline import exchange
 from refimpl.pipeline.rules import RULES, plan
+from refimpl.pipeline.schedule import Action
+from refimpl.pipeline.simulate import said
 
 SIZE = ("--ranks", "4", "--microbatches", "10")
 Run = Any
@@ -137,6 +139,8 @@ BAD = [
     (("compare", "1f1b", "dualpipe", "--ranks", "3", "--microbatches", "6"), ("even", "3")),
     (("check", "none.csv"), ("none.csv", "cannot be read")),
     (("check", "."), ("cannot be read",)),
+    (("check", "none.csv", "--group", "4"), ("--group", "without --as")),
+    (("check", "none.csv", "--as", "interleaved", "--chunks", "0"), ("--chunks", "'0'")),
 ]
 
 
@@ -215,6 +219,86 @@ def test_check_says_that_communication_is_not_judged(run: Run) -> None:
     status, out, _ = run("check", "mine.csv")
     assert status == 0
     assert out.splitlines()[0] == "2 actions of communication are left out; they are not judged."
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_check_as_a_rule_recognises_its_order(name: str, run: Run) -> None:
+    run(name, *SIZE, "--csv", "a.csv")
+    status, out, err = run("check", "a.csv", "--as", name)
+    assert (status, err) == (0, "")
+    assert out.endswith(f"; its order is that of {name}\n")
+    assert out.count("\n") == 1
+
+
+def test_check_as_interleaved_takes_chunks_and_a_group(run: Run) -> None:
+    run("interleaved", *SIZE, "--chunks", "3", "--group", "6", "--json", "a.json")
+    own = ("check", "a.json", "--as", "interleaved", "--chunks", "3")
+    assert run(*own, "--group", "6")[0] == 0
+    status, out, _ = run(*own)  # groups of 5
+    assert status == 1
+    assert "F of stage 0 on microbatch 5, but interleaved has F of stage 4 on microbatch 0." in out
+
+
+def test_check_as_a_rule_says_where_each_rank_first_differs(run: Run) -> None:
+    run("dualpipe", "--ranks", "4", "--microbatches", "8", "--csv", "a.csv")
+    rows = [row.split(",") for row in Path("a.csv").read_text().splitlines()]
+    right = plan("dualpipe", 4, 8)
+    rows[1][0], rows[1][1] = rows[1][1], rows[1][0]
+    rows[2] = rows[2][:-1]
+    Path("a.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    status, out, err = run("check", "a.csv", "--as", "dualpipe")
+    assert (status, err) == (1, "")
+    first, second = (said(entry) for entry in right.ranks[1][:2] if isinstance(entry, Action))
+    last = right.ranks[2][-1]
+    assert isinstance(last, Action)
+    assert [line for line in out.splitlines() if "but dualpipe has" in line] == [
+        f"rank 1, position 0: {second}, but dualpipe has {first}.",
+        f"rank 2, position {len(right.ranks[2]) - 1}: nothing, but dualpipe has {said(last)}.",
+    ]
+    assert out.endswith(": not legal; its order is not that of dualpipe\n")
+
+
+def test_check_as_another_rule_names_every_rank_although_it_is_legal(run: Run) -> None:
+    run("1f1b", "--ranks", "32", "--microbatches", "40", "--csv", "a.csv")
+    assert run("check", "a.csv")[0] == 0
+    status, out, _ = run("check", "a.csv", "--as", "gpipe")
+    lines = out.splitlines()
+    assert status == 1
+    assert lines[0] == (
+        "rank 0, position 32: B of stage 0 on microbatch 0, but gpipe has F of stage 0 on microbatch 32."
+    )
+    assert lines[20:] == [
+        "and 12 more",
+        "a, 32 ranks, 40 microbatches: legal; receives to be posted ahead under rendezvous: 0; "
+        "its order is not that of gpipe",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (("--as", "dualpipe"), ("even number of ranks", "3")),
+        (("--as", "zb2p"), ("'zb2p' is no schedule", "dualpipev")),
+        (("--as", "1f1b", "--chunks", "2"), ("1f1b", "chunks is 2")),
+        (("--as", "interleaved", "--group", "7"), ("group size", "7")),
+    ],
+)
+def test_check_as_a_rule_that_there_is_not_is_its_sentence_and_status_2(
+    options: tuple[str, ...], fragments: tuple[str, ...], run: Run
+) -> None:
+    run("1f1b", "--ranks", "3", "--microbatches", "6", "--csv", "a.csv")
+    status, out, err = run("check", "a.csv", *options)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    for fragment in fragments:
+        assert fragment in err
+
+
+@pytest.mark.parametrize("command", ["1f1b", "compare", "check"])
+def test_help_says_that_only_interleaved_has_chunks_and_groups(command: str, run: Run) -> None:
+    _, out, _ = run(command, "--help")
+    words = " ".join(out.split())
+    assert "stages of a rank; only interleaved takes it; default: 2" in words
+    assert "microbatches that go together; only interleaved takes it" in words
 
 
 @pytest.mark.parametrize("text", ["0F0,0Q0\n", "", '{"P": 2}', "[1]"])

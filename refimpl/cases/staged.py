@@ -28,17 +28,20 @@ from refimpl.numerics.float32 import to_bf16
 from refimpl.numerics.formats import decode
 from refimpl.numerics.precision import recipe as ready
 from refimpl.numerics.recipe import Recipe
+from refimpl.numerics.rounded import Rounded
 from refimpl.recipe_programs import CODES, VALUE, Met
 from refimpl.setting import Setting
 from refimpl.variants.zoo.recipes import RECIPE_ZOO
 
 TIMES: Final = 8.0
-ONCE: Final = (2.0**-8, 2.0**-8 / math.sqrt(3.0), 2.0**-12)  # of results that are stored once in BF16
+ONCE: Final = (2.0**-8, 2.0**-8 / math.sqrt(3.0), 2.0**-12)  # of values that are stored once in BF16
+ONCE_F32: Final = (2.0**-24, 2.0**-24 / math.sqrt(3.0), 2.0**-28)  # and of gradients and weights, in F32
 SAMPLES: Final = 16  # of a large tensor; whoever judges computes all of it again
 _OMITTED: Final = (".slots", ".scores", ".probs", ".q_pe", ".k_pe")
 _TEXT: Final = (
     "Codes, scales and products: the bits, made of the port's own operands where it gives them, by the rule "
-    "of the recipe or by another that is as right. Values: eight times the error of the recipe's zoo."
+    "of the recipe or by another that is as right. Values: eight times the error of the recipe's zoo, with "
+    "scales made by the one or the other rule."
 )
 
 
@@ -97,9 +100,21 @@ def is_staged(case: Case) -> bool:
     return isinstance(case.arguments.get("recipe"), Mapping)
 
 
-def computed(case: Case, setting: Setting, theirs: Mapping[str, Array] | None = None) -> list[Met]:
+def recipes_of(case: Case) -> list[Recipe]:
+    """The case's recipe, and those that make scales in another way that is as right."""
+    own = recipe_of(case.arguments)
+    others = [member.arithmetic(own) for member in RECIPE_ZOO if member.scales]
+    return [own, *(ar.recipe for ar in others if isinstance(ar, Rounded))]
+
+
+def computed(
+    case: Case,
+    setting: Setting,
+    theirs: Mapping[str, Array] | None = None,
+    recipe: Recipe | None = None,
+) -> list[Met]:
     """What the case computes, in order; going on with a port's tensors where it gave them."""
-    met = recipe_programs.run(case.component, setting, recipe_of(case.arguments), theirs)
+    met = recipe_programs.run(case.component, setting, recipe or recipe_of(case.arguments), theirs)
     given = {t.name for t in case.tensors if t.given}  # such as a routing
     return [m for m in met if not m.name.endswith(_OMITTED) and m.name not in given]
 
@@ -184,18 +199,25 @@ def _tensor(name: str, role: str, codes: Array, dtype: str) -> Tensor:
 
 
 def _within(case: Case, setting: Setting, met: list[Met]) -> dict[str, tuple[float, float, float]]:
-    """name -> eight times the zoo's largest error, for every value."""
+    """name -> eight times the largest error of the zoo with the same scales, for every value."""
     recipe = recipe_of(case.arguments)
     values = {m.name: np.asarray(m.ours, np.float64).reshape(-1) for m in met if _is_number(m)}
-    worst = {name: np.array(ONCE) for name in values}
-    for member in RECIPE_ZOO:
+    rows = {m.name: max(1, m.ours.size // m.ours.shape[-1]) for m in met if _is_number(m)}
+    worst = {m.name: np.array(_once(m)) for m in met if _is_number(m)}
+    for member in (member for member in RECIPE_ZOO if not member.scales):
         found = _run_by(member.arithmetic(recipe), case, setting)
         for name, ours in values.items():
             if name not in found:
                 continue
             d = _measured(ours, np.asarray(found[name], np.float64).reshape(-1), (1.0, 1.0, 1.0))
-            worst[name] = np.maximum(worst[name], (d.excess, d.spread, d.bias_excess))
+            by_chance = d.spread / math.sqrt(rows[name])  # errors of a row have one cause, those of rows many
+            worst[name] = np.maximum(worst[name], (d.excess, d.spread, max(d.bias_excess, by_chance)))
     return {name: _three(TIMES * found) for name, found in worst.items()}
+
+
+def _once(m: Met) -> tuple[float, float, float]:
+    kept_wide = m.name.startswith(("grad.", "after.")) and coded(m)[1] == "F32"
+    return ONCE_F32 if kept_wide else ONCE
 
 
 def _run_by(ar: Any, case: Case, setting: Setting) -> dict[str, Array]:

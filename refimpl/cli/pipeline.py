@@ -15,6 +15,7 @@ from refimpl.errors import Invalid
 from refimpl.pipeline import exchange, picture, summary, torch_csv, trace
 from refimpl.pipeline.check import check
 from refimpl.pipeline.gantt import title
+from refimpl.pipeline.orders import differences
 from refimpl.pipeline.rules import RULES, plan
 from refimpl.pipeline.schedule import Schedule
 from refimpl.pipeline.simulate import Durations, Timeline, simulate
@@ -44,6 +45,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     several.set_defaults(run=_compare, csv=None)
     judged = own.add_parser("check", help="whether a schedule in a file is complete, legal and runs through")
     judged.add_argument("file", metavar="FILE", type=Path, help="JSON as --json writes it, or PyTorch's CSV")
+    judged.add_argument("--as", dest="rule", metavar="RULE", help=f"its order too: of {', '.join(RULES)}")
+    _chunked(judged)
     judged.set_defaults(run=_check)
 
 
@@ -51,8 +54,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser._negative_number_matcher = re.compile(r"-\d")  # so that -1,1,1 is a value
     parser.add_argument("--ranks", required=True, metavar="P")
     parser.add_argument("--microbatches", required=True, metavar="M")
-    parser.add_argument("--chunks", metavar="V", help=f"stages of a rank, for {CHUNKED}; default: 2")
-    parser.add_argument("--group", metavar="G", help=f"microbatches that go together, for {CHUNKED}")
+    _chunked(parser)
     parser.add_argument(
         "--times", default="1,1,1", metavar=FORM, help="whole numbers; default: 1,1,1, B = I+W, FB = F+B"
     )
@@ -64,6 +66,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
         "--trace", dest="chrome", metavar="FILE", help="for Chrome or Perfetto; - is standard output"
     )
     parser.add_argument("--json", metavar="FILE", help="orders and metrics; - is standard output")
+
+
+def _chunked(parser: argparse.ArgumentParser) -> None:
+    alone = f"only {CHUNKED} takes it"
+    parser.add_argument("--chunks", metavar="V", help=f"stages of a rank; {alone}; default: 2")
+    parser.add_argument("--group", metavar="G", help=f"microbatches that go together; {alone}")
 
 
 def _schedule(given: argparse.Namespace) -> int:
@@ -95,20 +103,27 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
+    chunks, group = _chunks_and_group(given)
+    if given.rule is None and (chunks, group) != (None, None):
+        raise Invalid("--chunks or --group is given without --as, but they are numbers of a rule.")
     found = exchange.read(given.file)
+    others = differences(found.schedule, given.rule, chunks, group) if given.rule is not None else []
     findings = check(found.schedule)
     if found.left_out:
         print(f"{found.left_out} actions of communication are left out; they are not judged.")
-    for finding in findings[:FINDINGS]:
-        print(finding)
-    if len(findings) > FINDINGS:
-        print(f"and {len(findings) - FINDINGS} more")
-    if findings:
-        print(f"{title(found.schedule)}: not legal")
-        return FAILS
-    ahead = receives_ahead(found.schedule)
-    print(f"{title(found.schedule)}: legal; receives to be posted ahead under rendezvous: {ahead}")
-    return HOLDS
+    for several in (findings, others):
+        for one in several[:FINDINGS]:
+            print(one)
+        if len(several) > FINDINGS:
+            print(f"and {len(several) - FINDINGS} more")
+    told = "not legal"
+    if not findings:
+        ahead = receives_ahead(found.schedule)
+        told = f"legal; receives to be posted ahead under rendezvous: {ahead}"
+    if given.rule is not None:
+        told += f"; its order is {'not ' if others else ''}that of {given.rule}"
+    print(f"{title(found.schedule)}: {told}")
+    return FAILS if findings or others else HOLDS
 
 
 def _told(
@@ -155,11 +170,16 @@ def _outputs_possible(given: argparse.Namespace) -> None:
 def _planned(name: str, given: argparse.Namespace) -> Schedule:
     """Raises Invalid."""
     ranks, microbatches = _number("--ranks", given.ranks, 1), _number("--microbatches", given.microbatches, 1)
-    chunks = None if given.chunks is None else _number("--chunks", given.chunks, 1)
-    group = None if given.group is None else _number("--group", given.group, 1)
+    chunks, group = _chunks_and_group(given)
     if name != CHUNKED and CHUNKED in given.schedules:  # --chunks and --group are its own
         chunks = group = None
     return plan(name, ranks, microbatches, chunks, group)
+
+
+def _chunks_and_group(given: argparse.Namespace) -> tuple[int | None, int | None]:
+    """Raises Invalid."""
+    chunks = None if given.chunks is None else _number("--chunks", given.chunks, 1)
+    return chunks, None if given.group is None else _number("--group", given.group, 1)
 
 
 def _durations(given: argparse.Namespace) -> Durations:

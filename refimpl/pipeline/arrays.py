@@ -88,7 +88,7 @@ def entry(row: Sequence[int]) -> Entry | None:
     if all(number == NONE for number in row):
         return None
     if kind not in _KINDS or (kind != CODES["FB"] and (second, other) != (NONE, NONE)):
-        raise Invalid(f"{[*map(int, row)]} is no entry of an order")
+        raise Invalid(f"{[*map(int, row)]} is no entry of an order.")
     if kind == CODES["FB"]:
         return Pair(Action("F", stage, microbatch), Action("B", second, other))
     return Action(_KINDS[kind], stage, microbatch)
@@ -101,7 +101,7 @@ def schedule(given: Array, placement: Array, stages: int, microbatches: int) -> 
         found = [entry(row) for row in rows]
         own = [one for one in found if one is not None]
         if found[len(own) :] != [None] * (len(found) - len(own)):
-            raise Invalid(f"rank {len(ranks)} has entries behind its last one")
+            raise Invalid(f"rank {len(ranks)} has entries behind its last one.")
         ranks.append(own)
     held = tuple(tuple(stage for stage in own if stage != NONE) for own in placement.tolist())
     return Schedule("schedule", microbatches, stages, held, numbered(ranks))
@@ -133,5 +133,5 @@ def words(row: Sequence[int]) -> str:
     try:
         found = entry(row)
     except Invalid as error:
-        return f"{error}"
+        return str(error).removesuffix(".")
     return " with ".join(map(said, found.parts)) if found is not None else "nothing"

@@ -92,10 +92,10 @@ def _shape(schedule: Schedule) -> Iterator[Finding]:
     if schedule.stages < 1 or schedule.microbatches < 1 or not schedule.ranks:
         yield finding(
             f"a schedule has ranks, stages and microbatches, but this one has {schedule.size}, "
-            f"{schedule.stages} and {schedule.microbatches}"
+            f"{schedule.stages} and {schedule.microbatches}."
         )
     if len(schedule.placement) != schedule.size:
-        yield finding(f"the placement is for {len(schedule.placement)} ranks, but there are {schedule.size}")
+        yield finding(f"the placement is for {len(schedule.placement)} ranks, but there are {schedule.size}.")
         return
     held = set[int]()
     for rank, stages in enumerate(schedule.placement):
@@ -103,11 +103,11 @@ def _shape(schedule: Schedule) -> Iterator[Finding]:
         strange = [stage for stage in stages if not 0 <= stage < schedule.stages]
         if strange:
             yield finding(
-                f"rank {rank} is to hold stage {strange[0]}, but there are {schedule.stages} stages", rank
+                f"rank {rank} is to hold stage {strange[0]}, but there are {schedule.stages} stages.", rank
             )
     for stage in range(schedule.stages):
         if stage not in held:
-            yield finding(f"no rank holds stage {stage}")
+            yield finding(f"no rank holds stage {stage}.")
 
 
 def _each(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def _each(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
             here = f"rank {rank}, position {position}"
             if isinstance(entry, Pair) and (entry.forward.kind, entry.backward.kind) != ("F", "B"):
                 text = f"a pair is F and B, but this one is {entry.forward.kind} and {entry.backward.kind}"
-                yield Finding("unknown", rank, position, entry.forward, f"{here}: {text}")
+                yield Finding("unknown", rank, position, entry.forward, f"{here}: {text}.")
             for action in entry.parts:
                 text, rule = "", ""
                 if not known(schedule, action):
@@ -134,7 +134,7 @@ def _each(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
                     rule = "stage"
                     text = f"is on a rank that does not hold the stage; {_holders(schedule, action.stage)}"
                 if text:
-                    yield Finding(rule, rank, position, action, f"{here}: {said(action)} {text}")
+                    yield Finding(rule, rank, position, action, f"{here}: {said(action)} {text}.")
 
 
 def _complete(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
@@ -160,7 +160,7 @@ def _complete(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Findin
                     rank,
                     position,
                     extra,
-                    f"rank {rank}, position {position}: {text}, position {first[1]} of rank {first[0]}",
+                    f"rank {rank}, position {position}: {text}, position {first[1]} of rank {first[0]}.",
                 )
             elif not b and not i:
                 yield _missing(schedule, where, all_four[2 if w else 1], done)
@@ -185,7 +185,7 @@ def _missing(schedule: Schedule, where: dict[Action, Place], action: Action, don
     if waiting and kind != "W":
         place = where[waiting[0]]
         text += f", which {said(waiting[0])} needs, position {place[1]} of rank {place[0]}"
-    return Finding("missing", rank, None, action, text)
+    return Finding("missing", rank, None, action, f"{text}.")
 
 
 def _apart(schedule: Schedule, where: dict[Action, Place], done: list[Action]) -> Iterator[Finding]:
@@ -203,7 +203,7 @@ def _apart(schedule: Schedule, where: dict[Action, Place], done: list[Action]) -
             position,
             action,
             f"rank {rank}, position {position}: {said(action)} has to be on one rank with {other.kind} "
-            f"of the same, which is on rank {where[other][0]} at position {where[other][1]}",
+            f"of the same, which is on rank {where[other][0]} at position {where[other][1]}.",
         )
 
 
@@ -222,7 +222,7 @@ def _order(schedule: Schedule, where: dict[Action, Place]) -> Iterator[Finding]:
                     position,
                     action,
                     f"rank {rank}, position {position}: {said(action)} {relation} {said(needed)}, "
-                    f"position {done}, which it needs",
+                    f"position {done}, which it needs.",
                 )
 
 
@@ -232,7 +232,7 @@ def _deadlock(rule: str, ring: tuple[Wait, ...]) -> Finding:
     more = f"; and {len(ring) - SHOWN} more" if len(ring) > SHOWN else ""
     ranks = ", ".join(str(rank) for rank in sorted(wait.rank for wait in ring))
     how = "under rendezvous " if rule == "rendezvous" else ""
-    text = f"{how}the ranks {ranks} wait for each other: {shown}{more}"
+    text = f"{how}the ranks {ranks} wait for each other: {shown}{more}."
     first = ring[0]
     return Finding(rule, first.rank, first.position, first.action, text, ring)
 

@@ -175,7 +175,7 @@ def _fit(network: Network, schedule: Schedule) -> None:
     found = check(schedule)
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise Invalid(f"the schedule is not legal: {found[0].text}{more}.")
+        raise Invalid(f"the schedule is not legal: {found[0].text.removesuffix('.')}{more}.")
     if len(network.stages) != schedule.stages:
         raise Invalid(
             f"the network has {len(network.stages)} stages, but the schedule is for {schedule.stages}."

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from refimpl.errors import Invalid
+from refimpl.pipeline.orders import follows
 from refimpl.pipeline.rules import RULES
 from refimpl.pipeline.simulate import Durations, Timeline
 
@@ -64,7 +65,8 @@ class Point(NamedTuple):
 def published(
     name: str, ranks: int, microbatches: int, durations: Durations, chunks: int | None = None
 ) -> Published:
-    """What is published for a schedule, and whether it is true here.  Raises Invalid for an unknown name."""
+    """What is published for a schedule, and whether it is true here.  Raises Invalid for an unknown name, and
+    for ranks, microbatches or chunks below 1."""
     point, alike = _point(name, ranks, microbatches, durations, chunks)
     formula = PUBLISHED[name]
     requirements = [*alike, (durations.latency == 0, "latency 0"), *formula.region(point)]
@@ -77,7 +79,7 @@ def published(
 def closed(
     name: str, ranks: int, microbatches: int, durations: Durations, chunks: int | None = None
 ) -> Closed:
-    """Each rank's idle for any durations, and whether it is that here.  Raises Invalid for no known name."""
+    """Each rank's idle for any durations, and whether it is that here.  Raises Invalid as `published`."""
     point, alike = _point(name, ranks, microbatches, durations, chunks)
     formula = CLOSED[name]
     broken = [text for met, text in (*alike, *formula.region(point)) if not met]
@@ -86,10 +88,14 @@ def closed(
 
 
 def beside(timeline: Timeline) -> tuple[Published, Closed]:
-    """Both for a schedule of `rules` that was simulated: its name says which, its order is not looked at."""
+    """Both for a schedule that was simulated and has the name of a rule; neither applies to another order."""
     schedule = timeline.schedule
-    at = (schedule.size, schedule.microbatches, timeline.durations, len(schedule.placement[0]))
-    return published(schedule.name, *at), closed(schedule.name, *at)
+    at = (schedule.size, schedule.microbatches, timeline.durations, len(schedule.placement[0]) or None)
+    both = published(schedule.name, *at), closed(schedule.name, *at)
+    if follows(schedule):
+        return both
+    reason = f"its order is not that of {schedule.name}"
+    return replace(both[0], applies=False, reason=reason), replace(both[1], applies=False, reason=reason)
 
 
 def _point(
@@ -98,6 +104,9 @@ def _point(
     """The point with its scale taken into the durations, and the demand that all stages have the same."""
     if name not in PUBLISHED:
         raise Invalid(f"there is no formula for the schedule {name!r}, but for {', '.join(PUBLISHED)}.")
+    for word, number in (("ranks", ranks), ("microbatches", microbatches), ("chunks", chunks)):
+        if number is not None and number < 1:
+            raise Invalid(f"{word} is {number}, but has to be a whole number above 0.")
     scales = set(durations.scale)
     scale = scales.pop() if len(scales) == 1 else 1
     times = {kind: scale * getattr(durations, kind) for kind in ("F", "I", "W", "B", "FB")}

@@ -102,7 +102,7 @@ def _words(expected: Expected, name: str, at: tuple[int, ...], ours: Array, thei
     values = f"{theirs} instead of {ours}"
     if name == "illegal":
         found = arrays.findings(expected.data.codes, expected.data.arguments)
-        return f"{values}: {found[0].text if found else 'no rule is broken'}"
+        return f"{values}: {found[0].text.removesuffix('.') if found else 'no rule is broken'}"
     if name == "copies":
         return f"stage {at[0]}: {values}"
     where = []

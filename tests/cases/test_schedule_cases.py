@@ -155,7 +155,7 @@ def test_arrays_say_the_schedule(row: defects.Row) -> None:
     ("row", "why"),
     [
         ([9, 0, 0, -1, -1], r"\[9, 0, 0, -1, -1\] is no entry"),
-        ([0, 0, 0, 1, 1], "is no entry of an order"),
+        ([0, 0, 0, 1, 1], r"is no entry of an order\.$"),
     ],
 )
 def test_what_is_no_entry_is_refused(row: list[int], why: str) -> None:
@@ -166,7 +166,7 @@ def test_what_is_no_entry_is_refused(row: list[int], why: str) -> None:
 def test_an_entry_behind_the_last_one_is_refused() -> None:
     order = np.full((1, 3, 5), -1)
     order[0, 2, :3] = 0
-    with pytest.raises(Invalid, match="rank 0 has entries behind its last one"):
+    with pytest.raises(Invalid, match=r"rank 0 has entries behind its last one\.$"):
         arrays.schedule(order, np.array([[0]]), 1, 1)
 
 

@@ -35,8 +35,13 @@ def two(first: str, second: str, microbatches: int = 2) -> Schedule:
     return Schedule("own", microbatches, 2, ((0,), (1,)), (actions(first), actions(second)))
 
 
+def is_sentence(finding: Finding) -> bool:
+    return str(finding).endswith(".") and not str(finding).endswith("..") and "\n" not in str(finding)
+
+
 def only(findings: list[Finding]) -> Finding:
     assert len(findings) == 1, [str(f) for f in findings]
+    assert is_sentence(findings[0])
     return findings[0]
 
 
@@ -55,7 +60,7 @@ class TestFindings:
         assert (finding.rule, finding.rank, finding.position) == ("missing", 1, None)
         assert str(finding) == (
             "rank 1: F of stage 1, microbatch 1 is missing, "
-            "which B of stage 1, microbatch 1 needs, position 2 of rank 1"
+            "which B of stage 1, microbatch 1 needs, position 2 of rank 1."
         )
 
     def test_a_missing_backward_says_who_needs_it(self) -> None:
@@ -107,6 +112,7 @@ class TestFindings:
     def test_a_pair_is_a_forward_and_a_whole_backward(self) -> None:
         findings = check(two("F0.0 F0.1&F0.1 B0.0 B0.1", SECOND))
         assert {f.rule for f in findings} == {"unknown", "repeated"}
+        assert all(map(is_sentence, findings))
         assert {(f.rank, f.position) for f in findings} == {(0, 1)}
 
     def test_an_action_comes_after_what_it_needs_on_the_rank(self) -> None:
@@ -114,7 +120,7 @@ class TestFindings:
         assert (finding.rule, finding.rank, finding.position) == ("order", 0, 2)
         assert str(finding) == (
             "rank 0, position 2: W of stage 0, microbatch 0 comes before "
-            "I of stage 0, microbatch 0, position 3, which it needs"
+            "I of stage 0, microbatch 0, position 3, which it needs."
         )
 
     def test_and_not_in_the_same_pair(self) -> None:
@@ -136,6 +142,7 @@ class TestFindings:
     def test_the_shape_comes_first(self, change: dict[str, object], fragment: str) -> None:
         findings = check(replace(two(FIRST, SECOND), **change))
         assert {f.rule for f in findings} == {"shape"}
+        assert all(map(is_sentence, findings))
         assert fragment in str(findings[0])
 
 
@@ -151,7 +158,7 @@ class TestDeadlock:
             "the ranks 0, 1 wait for each other: "
             "rank 0 at position 1 waits with B of stage 0, microbatch 0 for B of stage 1, microbatch 0, "
             "position 2 of rank 1; rank 1 at position 1 waits with F of stage 1, microbatch 1 "
-            "for F of stage 0, microbatch 1, position 2 of rank 0"
+            "for F of stage 0, microbatch 1, position 2 of rank 0."
         )
 
     def test_each_wait_is_for_a_place_behind_that_of_the_next(self) -> None:
@@ -202,7 +209,7 @@ class TestRendezvous:
             "rank 0 at position 4 waits with its message of F of stage 0, microbatch 3 "
             "for the receive of F of stage 1, microbatch 3, after position 4 of rank 1; "
             "rank 1 at position 4 waits with its message of B of stage 1, microbatch 1 "
-            "for the receive of B of stage 0, microbatch 1, after position 4 of rank 0"
+            "for the receive of B of stage 0, microbatch 1, after position 4 of rank 0."
         )
         assert check(late, ahead=2) == []
         assert receives_ahead(late) == 2

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from support import one_sentence
 
 from refimpl.errors import Invalid
-from refimpl.pipeline import formulas
+from refimpl.pipeline import formulas, orders
+from refimpl.pipeline.orders import follows
 from refimpl.pipeline.rules import RULES, plan
+from refimpl.pipeline.schedule import Schedule
 from refimpl.pipeline.simulate import Durations, sequence, simulate, timed
 
 
@@ -113,3 +116,81 @@ def test_an_unknown_schedule_has_no_formula() -> None:
         with pytest.raises(Invalid) as caught:
             formula("zb2p", 4, 8, Durations(1, 1, 1))
         one_sentence(caught, "zb2p", "dualpipe")
+
+
+def named(schedule: Schedule, name: str) -> Schedule:
+    return replace(schedule, name=name)
+
+
+def swapped(schedule: Schedule) -> Schedule:
+    """The first two entries of rank 0 the other way round."""
+    first, *others = schedule.ranks
+    return replace(schedule, ranks=((first[1], first[0], *first[2:]), *others))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        named(plan("gpipe", 4, 8), "zb1p"),
+        named(plan("1f1b", 4, 8), "gpipe"),
+        named(plan("zbv", 4, 8), "dualpipev"),
+        named(plan("dualpipev", 4, 8), "interleaved"),
+        named(plan("1f1b", 3, 6), "dualpipe"),  # there is none for 3 ranks
+        swapped(plan("gpipe", 4, 8)),
+        swapped(plan("dualpipe", 4, 8)),
+        swapped(plan("interleaved", 4, 8, 3)),
+    ],
+    ids=lambda one: one.name,
+)
+def test_what_is_only_named_like_a_rule_does_not_get_its_formula(schedule: Schedule) -> None:
+    for times in (Durations(1, 1, 1), Durations(2, 3, 1, latency=1)):
+        for formula in formulas.beside(simulate(schedule, times)):
+            assert not formula.applies
+            assert formula.reason == f"its order is not that of {schedule.name}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "chunks", "group"),
+    [
+        (4, 8, 2, None),
+        (4, 8, 2, 8),
+        (3, 11, 3, 4),
+        (4, 2, 3, None),
+        (4, 9, 1, 9),
+        (1, 5, 2, 3),
+        (1, 1, 1, None),
+    ],
+)
+def test_interleaved_is_itself_for_every_group_size(
+    ranks: int, microbatches: int, chunks: int, group: int | None
+) -> None:
+    schedule = plan("interleaved", ranks, microbatches, chunks, group)
+    assert follows(schedule)
+    assert not follows(swapped(schedule))
+
+
+def test_the_order_is_planned_once_for_all_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(orders, "plan", lambda *given: planned.append(given) or plan(*given))
+    schedule = plan("zb1p", 4, 9)
+    for forward in (1, 2, 3):
+        formulas.beside(simulate(schedule, Durations(forward, 1, 1)))
+    assert planned == [("zb1p", 4, 9)]
+
+
+@pytest.mark.parametrize(
+    ("at", "word"),
+    [
+        ((0, 3), "ranks is 0"),
+        ((-2, 3), "ranks is -2"),
+        ((4, 0), "microbatches is 0"),
+        ((4, 8, 0), "chunks is 0"),
+        ((4, 8, -1), "chunks is -1"),
+    ],
+)
+def test_a_formula_needs_ranks_microbatches_and_chunks(at: tuple[int, ...], word: str) -> None:
+    ranks, microbatches, *chunks = at
+    for formula in (formulas.published, formulas.closed):
+        with pytest.raises(Invalid) as caught:
+            formula("1f1b", ranks, microbatches, Durations(1, 1, 1), *chunks)
+        one_sentence(caught, word, "above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -81,6 +82,13 @@ def test_the_table_has_a_row_for_each_rank() -> None:
 def test_a_formula_that_does_not_apply_says_why() -> None:
     text = summary.text(simulate(plan("zb1p", 4, 2), Durations(1, 1, 1)))
     assert "does not apply: it needs M >= P" in text
+
+
+def test_an_order_that_is_not_the_rules_has_a_formula_that_does_not_apply() -> None:
+    timeline = simulate(replace(plan("1f1b", 4, 8), name="zb1p"), Durations(1, 1, 1))
+    assert "does not apply: its order is not that of zb1p" in summary.text(timeline)
+    found = as_json(summary.metrics(timeline))
+    assert [found[kind]["applies"] for kind in ("published", "closed")] == [False, False]
 
 
 def test_idle_within_the_span_is_set_beside_a_formula_about_it() -> None:

@@ -234,15 +234,21 @@ class Model:
     ) -> Prepared:
         """The inputs of `forward`, checked and ready for the units.  probing: whether tensors that only a
         trace reads are saved.  Raises Invalid, naming the argument."""
-        if not self._values_checked:  # once, and before anything is computed
-            check(self.weights, values=True)
-            self._values_checked = True
+        c = self.context(microbatch, probing)
         given = read_inputs(self.config, input_ids, labels, targets, mask, segment_ids, position_ids)
-        c = Context(self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, probing)
         if routing:
             ready = read_routing(self.config, routing, given.ids.shape, self.modules)
             c = replace(c, ops=gate.forced(self.ops, ready))
         return prepare(c, given, self.training, self.modules, divisors)
+
+    def context(self, microbatch: int = 0, probing: bool = False) -> Context:
+        """All that this model's units may ask for.  Raises Invalid for weights that are not finite."""
+        if not self._values_checked:  # once, and before anything is computed
+            check(self.weights, values=True)
+            self._values_checked = True
+        return Context(
+            self.ar, self.ops, self._parameters, self.config, self.choices, "", microbatch, probing
+        )
 
     def divisors(
         self,

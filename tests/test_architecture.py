@@ -20,6 +20,7 @@ ORDER = (
     "variants",
     "programs",
     "pipeline",
+    "decoding",
     "training",
     "model",
     "layers",

@@ -33,6 +33,11 @@ _PRODUCTS: Final = (  # of a recipe without codes
     _row("*.dgrad", CARRIER, "modelled", "an accumulator as wide as need be", accumulator="exact"),
     _row("*.wgrad", CARRIER, "modelled", "an accumulator as wide as need be", accumulator="exact"),
 )
+_DECODING: Final = (
+    _row("cache.*", CARRIER, "modelled", "a row is kept as it was used"),
+    _row("attention.partial", CARRIER, "modelled", "parts of the keys are merged as they were accumulated"),
+    _row("attention.lse", CARRIER, "modelled", "parts of the keys are merged as they were accumulated"),
+)
 _FUSED: Final = _row("fused.*", CARRIER, "modelled", "inside of one kernel nothing is stored")
 
 BF16: Final = Recipe(
@@ -49,6 +54,7 @@ BF16: Final = Recipe(
         _row("d.logits", "bf16", "modelled", "the gradient that enters the head's Dgrad and Wgrad"),
         *_OPTIMISER,
         *_PRODUCTS,
+        *_DECODING,
         _row("*", "bf16", "recorded", "every activation is stored in bfloat16"),
     ),
 )
@@ -135,6 +141,7 @@ def _fp8(name: str, scale: str) -> Recipe:
             _row("attention.value", "bf16", "recorded", up_again, keep="recomputed"),
             _row("attention.probs", "bf16", "modelled", "fused attention keeps none", keep="recomputed"),
             _row("attention.scores", "fp32", "modelled", f"{_R331}: attention keeps high precision"),
+            *_DECODING,
             _row("*", "bf16", "recorded", f"{_R331}: activations between operators are BF16"),
         ),
     )
@@ -175,6 +182,7 @@ HF_BF16: Final = Recipe(
         _is("optim.bias", "fp32", "e_score_correction_bias stays in float32"),
         _row("optim.*", "bf16", "modelled", "torch's AdamW keeps everything in the dtype of the weights"),
         *_PRODUCTS,
+        *_DECODING,
         _is("*", "bf16", "every operator stores its result"),
     ),
 )
@@ -243,6 +251,7 @@ def _demo(name: str, scale_format: str) -> Recipe:
                 _row(f"*.{gemm}", CARRIER, "modelled", own, accumulator="exact")
                 for gemm in ("dgrad", "wgrad")
             ),
+            *_DECODING,
             _row("*", "bf16", "recorded", f"{_DEMO}: every operator stores its result in bfloat16"),
         ),
     )

@@ -84,7 +84,16 @@ FUSED: Final = {  # inside of an operation: stored only by systems that compute 
     "fused.grad.rows": "the embedding's gradient after each token",
 }
 
-SITES: Final = VALUES | KEPT | PRODUCTS | FUSED
+DECODING: Final = {  # where new tokens are computed from caches
+    "cache.latent": "the normalised latent in the cache",
+    "cache.k_pe": "the rotated shared key part in the cache",
+    "absorbed.query": "the query times the key rows of kv_b: in the space of the latent",
+    "absorbed.out": "the sum of latents times the value rows of kv_b: heads' outputs",
+    "attention.partial": "heads' outputs of a part of the keys",
+    "attention.lse": "the logarithm of a part's sum of exponentials",
+}
+
+SITES: Final = VALUES | KEPT | PRODUCTS | FUSED | DECODING
 
 UP: Final = (  # what attention computes again from its latents, all of it if any was not kept
     "q_b_proj.in",

@@ -2,6 +2,7 @@
 # make test     set up and run the tests
 # make lint     ruff and mypy
 # make crosscheck-env   add torch and transformers (large), which the tests marked `crosscheck` need
+# make plot-env         add matplotlib, which the tests of pictures need
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 OUT ?= build/golden
 
-.PHONY: golden test lint crosscheck-env clean
+.PHONY: golden test lint crosscheck-env plot-env clean
 
 golden: $(VENV)/.package
 	$(BIN)/refimpl golden generate --out $(OUT) --jobs $(JOBS)
@@ -27,12 +28,14 @@ lint: $(VENV)/.lint
 
 crosscheck-env: $(VENV)/.crosscheck
 
+plot-env: $(VENV)/.plot
+
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.crosscheck: $(VENV)/.%: $(VENV)/.package
+$(VENV)/.test $(VENV)/.lint $(VENV)/.crosscheck $(VENV)/.plot: $(VENV)/.%: $(VENV)/.package
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 

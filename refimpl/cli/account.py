@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -66,7 +67,8 @@ def _account(given: argparse.Namespace) -> int:
 
 def _memory(given: argparse.Namespace, config: ModelConfig) -> list[memory.Memory]:
     *others, last = [ready(name) for name in given.recipe or ("bf16", "v3-fp8")]
-    last = last.set(given.set)
+    if given.set:
+        last = replace(last.set(given.set), name=f"{last.name}, changed")
     recipes = [*others, last]
     if given.recipe is None:
         recipes.insert(1, memory.recomputing(others[0], last))

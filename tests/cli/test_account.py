@@ -53,14 +53,22 @@ def test_tokens_recipes_and_changed_rows(capsys: pytest.CaptureFixture[str]) -> 
     shown = json.loads(out)
     assert shown["memory"]["tokens"] == [2, 8]
     both = shown["memory"]["recipes"]
-    assert list(both) == ["hf-bf16", "v3-fp8"]
+    assert list(both) == ["hf-bf16", "v3-fp8, changed"]
     cfg = preset("tiny-v3-mtp")
     width = cfg.num_attention_heads * cfg.v_head_dim
-    for name, at in (("hf-bf16", 2 * width), ("v3-fp8", width + 4 * -(-width // 128))):
+    for name, at in (("hf-bf16", 2 * width), ("v3-fp8, changed", width + 4 * -(-width // 128))):
         unit = both[name]["activations"][1]
         assert (unit["kind"], unit["kept"]["o_proj.in"]) == ("dense layer", 16 * at)
         assert both[name]["kept"] == sum(unit["total"] for unit in both[name]["activations"])
         assert both[name]["peak"] >= both[name]["kept"]
+
+
+def test_a_recipe_stands_beside_itself_with_a_row_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("tiny-v3", "--recipe", "v3-fp8", "--recipe", "v3-fp8", "--set", "o_proj.in.format=e4m3")
+    status, out, _ = run(capsys, *arguments, "--json", "-")
+    assert status == 0
+    one, other = (entry["kept"] for entry in json.loads(out)["memory"]["recipes"].values())
+    assert other < one
 
 
 def test_a_config_file_and_a_file_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from refimpl.numerics.float32 import canonical
 from refimpl.numerics.gemm import gemm_fp8
 from refimpl.numerics.recipe import ACCUMULATORS, Recipe, Rule
 from refimpl.numerics.rounded import Rounded
-from refimpl.numerics.scaled import Coded, Origin, Rows, as_rows, quantised
+from refimpl.numerics.scaled import Coded, Origin, Rows, Scaled, as_rows, quantised
 from refimpl.numerics.sites import OWNERS
 from refimpl.setting import Setting
 
@@ -51,6 +51,18 @@ def _family(rule: Rule) -> tuple[str, ...]:
     return tuple(scale for scale in family if scale != rule.scale)
 
 
+def _of_the_other(own: Scaled | None, rule: Rule) -> dict[str, Rows]:
+    """What Wgrad reads, made of the source where the rule says of codes, and the other way round: a question
+    that the report leaves open."""
+    if own is None or own.stored.origin is None:
+        return {}
+    other = "source" if rule.of == "codes" else "codes"
+    x = own.stored.origin.x if other == "source" else own.value
+    rules = [rule, *(replace(rule, scale=scale) for scale in _family(rule))]
+    name = f"{own.plan.site}.wgrad.of={other}"
+    return {f"{name} and {r.scale}": as_rows(x, r, True) for r in rules}
+
+
 @dataclass(frozen=True)
 class Met:
     """A tensor on the way.  theirs: the port's, if it gave one; others: the same made by other rules that
@@ -70,6 +82,7 @@ class _State:
     quantising: str = ""  # the operand that is being made
     met: dict[str, Met] = field(default_factory=dict)
     theirs: Mapping[str, Array] = field(default_factory=dict)
+    along: dict[int, Scaled] = field(default_factory=dict)  # whose the rows are that Wgrad reads, by identity
 
 
 class Noting(Rounded):
@@ -118,6 +131,11 @@ class Noting(Rounded):
         )
         return replace(kept, quantised=replace(kept.quantised, codes=own.codes, scales=own.scales))
 
+    def wgrad(self, dy: Operand, x: Operand) -> Array:
+        read = [own for own in (dy, x) if isinstance(own, Scaled) and own.plan.along.scaled]
+        self._state.along = {id(own.along): own for own in read}
+        return super().wgrad(dy, x)
+
     def gemm(self, site: str, a: Rows, b: Rows) -> Array:
         name = f"{self._state.path}.{site.rpartition('.')[2]}"
         a, b = self._read(f"{name}.a", a), self._read(f"{name}.b", b)
@@ -132,13 +150,14 @@ class Noting(Rounded):
         return self.array(self._meet(f"{name}.d", PRODUCT, own, lambda: {by: product(by) for by in others}))
 
     def _read(self, name: str, rows: Rows) -> Rows:
-        origin = rows.origin
+        origin, own = rows.origin, self._state.along.get(id(rows))
 
         def others() -> dict[str, Rows]:
             if origin is None:
                 return {}
             rules = {scale: replace(origin.rule, scale=scale) for scale in _family(origin.rule)}
-            return {scale: as_rows(origin.x, rule, origin.transposed) for scale, rule in rules.items()}
+            found = {scale: as_rows(origin.x, rule, origin.transposed) for scale, rule in rules.items()}
+            return found | _of_the_other(own, origin.rule)
 
         return self._judged(name, rows, others)
 

@@ -132,6 +132,17 @@ def test_what_is_as_right_holds(golden, id, member, probes) -> None:
     assert all(t.verdict in (HOLDS, MISSING) for t in verdict.tensors)
 
 
+@pytest.mark.parametrize("id", SMALL[:2])
+@pytest.mark.parametrize("setting", ["*.in.wgrad.of=source", "*.dy.wgrad.of=codes"])
+def test_what_the_report_leaves_open_about_wgrad_is_named(golden, id, setting) -> None:
+    verdict = answered(golden, id, None, recipe_of(id).set([setting]), True)
+    assert [t.name for t in verdict.tensors if t.verdict == OFF and ".wgrad." in t.name] == []
+    site, _, other = setting.removeprefix("*.").partition(".wgrad.")
+    notes = {t.note for t in verdict.tensors if t.name.endswith((".wgrad.a", ".wgrad.b")) and t.note}
+    assert notes
+    assert all(f"{site}.wgrad.{other}" in note for note in notes)
+
+
 def test_a_product_says_whose_it_is(golden) -> None:
     other = recipe_of(SMALL[0]).set(
         [f"*.{gemm}.accumulator=promote_fp32" for gemm in ("fprop", "dgrad", "wgrad")]
@@ -191,7 +202,8 @@ def test_codes_are_made_of_values_as_the_port_gave_them_and_not_as_the_case_stor
 
 
 def test_what_is_off_is_said_in_words(golden) -> None:
-    verdict = answered(golden, SMALL[0], None, recipe_of(SMALL[0]).set(["*.dy.wgrad.of=codes"]), True)
+    wide = recipe_of(SMALL[0]).set(["*.dy.wgrad.tile=128x128"])
+    verdict = answered(golden, SMALL[0], None, wide, True)
     assert verdict.first_off is not None
     assert verdict.first_off.name.endswith(".wgrad.a")
     assert verdict.first_off.note.startswith("codes of dy^T as Wgrad reads it: ")

@@ -58,7 +58,7 @@ def sharded(
         plan = dispatch(idx, placement, None if source is None else source(tokens))
         if most_nodes is not None:
             check_nodes(plan, most_nodes)
-        slots = ar.zeros((tokens * chosen, x.value.shape[-1]))  # (T K, D)
+        slots = ar.zeros((tokens * chosen, x.shape[-1]))  # (T K, D)
 
         def run(task: _Task) -> mlp.Saved:
             slots[task.group.slots], saved = c.ops.mlp.forward(task.context, task.x)
